@@ -23,7 +23,7 @@ if __name__ == "__main__" and not (sys.flags.isolated and sys.flags.no_site):
     posix.execv(sys.executable, [sys.executable, "-IS"] + sys.argv)  # before anything planted
 
 import time
-from _signal import ITIMER_REAL, SIG_DFL, SIG_UNBLOCK, SIGALRM, SIGHUP, SIGINT, SIGTERM
+from _signal import ITIMER_REAL, SIG_BLOCK, SIG_DFL, SIG_UNBLOCK, SIGALRM, SIGHUP, SIGINT, SIGTERM
 from _signal import pthread_sigmask, setitimer, signal
 from _socket import AF_INET, AF_INET6, inet_pton
 
@@ -216,7 +216,7 @@ def closest(rows, number, width):
 class TextSource:
     """Agents in a text file. numbered_rows: iterator of (line number, row), to be read once."""
 
-    from_text, unit = True, "line"
+    from_text, unit, on_disk, frozen = True, "line", False, False
 
     def __init__(self, numbered_rows):
         self.numbered_rows = numbered_rows
@@ -337,19 +337,23 @@ def check_file(path):
     return status
 
 
+def is_sqlite(name, mode=b""):
+    """Whether the file is an SQLite database, and in that mode (b"\\2": WAL)."""
+    with open(name, "rb", 0) as file:
+        head = file.read(19)
+    return head[:16] == b"SQLite format 3\0" and head[18:].startswith(mode)
+
+
 def open_source(name, seconds):
     """The source that `--db` names, for queries of up to `seconds`; raises Reply."""
     check_file(name)
-    stream = open(name, "rb")
-    head = stream.peek(20)
-    if head[:16] != b"SQLite format 3\0":
-        return open_text(stream, name, seconds)
-    stream.close()
+    if not is_sqlite(name):
+        return open_text(open(name, "rb"), name, seconds)
     import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
     path = ("./" * (name[0] != "/") + name).encode(sys.getfilesystemencoding(), "surrogateescape")
     uri = "file:%s?mode=ro" % "".join(["%%%02X" % byte for byte in path])
     # A WAL database wants files beside it, though it only reads; not if nobody is at work on it.
-    idle = head[18:19] == b"\2" and not posix.access(path + b"-wal", posix.F_OK)
+    idle = is_sqlite(name, b"\2") and not posix.access(path + b"-wal", posix.F_OK)
     frozen = idle and not posix.access(path.rpartition(b"/")[0] + b"/", posix.W_OK)
     connection = _sqlite3.connect(uri + "&immutable=1" * frozen, uri=True, timeout=seconds,
                                   isolation_level=None)
@@ -379,8 +383,8 @@ def open_text(stream, name, seconds):
             raise Reply(2, "%s: its header lacks one of id, name, ip and key (or agent_key)" % name)
         places = [columns.index(field) for field in ("id", "name", "ip", key)]
         return TextSource(delimited(lines, len(head), delimiter, places))
-    if first.count(" ") > 2 and not word.strip(DIGITS) or name.endswith(".keys") or (
-            not first and "".join(head).strip()):
+    like_keys = first.count(" ") > 2 or name.endswith(".keys")
+    if like_keys and not word.strip(DIGITS) or not first and "".join(head).strip():
         return ClientKeys(lines)
     if name.endswith(".sql") or word.upper() in ("CREATE", "INSERT", "BEGIN", "DROP", "--"):
         return open_script("".join(lines), name, seconds)
@@ -458,14 +462,452 @@ def answer(words, find_source):
         return Reply(9, "%s in line %d of the script" % (type(error).__name__, trace.tb_lineno))
 
 
+# ------------------------------------------------------------------------------------- the server
+
+SOCKET = "/var/ossec/queue/sockets/agent_key_request"
+SCHEMA = """CREATE TABLE agent (
+    id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL, ip VARCHAR(64),
+    agent_key VARCHAR(128) NOT NULL);
+CREATE INDEX agent_id ON agent (id);
+CREATE INDEX agent_ip ON agent (ip);
+CREATE INDEX agent_network ON agent ({0}, ip) WHERE {0} IS NOT NULL;""".format(NETWORK)
+REQUEST_LIMIT = 128       # bytes; the manager's longest is `ip:` and 39
+DRAIN = 1.5               # seconds that who has connected is still waited for when the server stops
+LOOK = 0.2                # seconds between looks at the source's file
+SETTLED = 1.0             # seconds a text file must have stood unchanged
+SUMMARY = 60.0            # seconds over which repeats in the log are summed up
+SUMMARY_LINES = 200       # different lines in that time; a flood must not fill the disk
+
+
+class Trouble(Exception):
+    """What keeps --serve from its work: told on stderr, with exit status 1."""
+
+
+class Client:
+    """A connection; deadline: in time.monotonic(); asked: whether its request is complete."""
+
+    def __init__(self, connection, deadline):
+        self.connection, self.deadline = connection, deadline
+        self.received, self.asked, self.watched = b"", False, False
+
+
+class PatientMixIn:
+    """For socketserver.UnixStreamServer: many connections in one loop, and none waits for another.
+
+    The selector of serve_forever sees an epoll of the listening socket and of all clients that
+    have not said anything yet; get_request gives the next one that has.
+    """
+
+    request_queue_size = 65535  # the kernel cuts it to net.core.somaxconn; connect never times out
+
+    def take_over(self, lifeline, source, seconds, report):
+        """Prepare for serve_forever in a worker; lifeline: a pipe that ends with the parent."""
+        import select
+        self.lifeline, self.source, self.seconds, self.report = lifeline, source, seconds, report
+        self.clients, self.ending, self.epoll = {}, None, select.epoll()
+        self.socket.setblocking(False)
+        self.epoll.register(self.socket.fileno(), select.EPOLLIN)
+        self.epoll.register(lifeline, select.EPOLLIN)
+
+    def fileno(self):
+        """What serve_forever waits for."""
+        return self.epoll.fileno()
+
+    def get_request(self):
+        """The next client that has something to say; OSError, as socketserver wants it, if none."""
+        for number, event in self.epoll.poll(0, 1):
+            if number in self.clients:
+                return self.clients[number], number
+            if number == self.socket.fileno():
+                connection = self.socket.accept()[0]
+                number = connection.fileno()
+                self.clients[number] = Client(connection, time.monotonic() + self.seconds)
+                return self.clients[number], number
+            self.ending = time.monotonic() + DRAIN
+            self.epoll.unregister(self.lifeline)
+            if event & 1:  # something to read: others go on with this socket, so leave it to them
+                self.epoll.unregister(self.socket.fileno())
+        raise BlockingIOError
+
+    def process_request(self, client, number):
+        """Read what there is, without waiting; the first piece with a `:` is the request."""
+        try:
+            piece = client.connection.recv(REQUEST_LIMIT + 1, 0x40)  # MSG_DONTWAIT
+        except BlockingIOError:
+            piece = None
+        except OSError:
+            piece = client.received = b""
+        client.received += piece or b""
+        whole = b":" in client.received or len(client.received) > REQUEST_LIMIT
+        client.asked = whole or piece == b""
+        if client.asked:
+            self.respond(client)
+        elif not client.watched:
+            self.epoll.register(number, 1)
+            client.watched = True
+
+    def respond(self, client):
+        """Answer and close; a locked source is asked again until the client's deadline."""
+        words = client.received.rstrip(b"\r\n\0").decode("latin-1").split(":", 1)
+        if client.received:
+            reply = Reply(3, ": more than %d bytes" % REQUEST_LIMIT)
+            if len(client.received) <= REQUEST_LIMIT:
+                reply = answer(words + [""] * (2 - len(words)), self.source.find)
+            if reply.locked and time.monotonic() < client.deadline and not self.ending:
+                if client.watched:
+                    self.epoll.unregister(client.connection.fileno())
+                    client.watched = False
+                return
+            try:
+                client.connection.sendall(reply.line())
+            except OSError:
+                pass  # it has gone
+            self.report(words, reply)
+        self.drop(client)
+
+    def drop(self, client):
+        """Close a connection."""
+        del self.clients[client.connection.fileno()]
+        client.connection.close()
+
+    def service_actions(self):
+        """What serve_forever does between requests: the locked, the silent, and the end."""
+        now = time.monotonic()
+        if now < getattr(self, "next_round", 0):
+            return
+        self.next_round = now + 0.02
+        for client in list(self.clients.values()):
+            if client.asked:
+                self.respond(client)
+            elif now > client.deadline:
+                self.drop(client)
+        if self.ending and (now > self.ending or not self.clients and not self.epoll.poll(0, 1)):
+            raise SystemExit
+
+
+class ServedSource:
+    """The source as a worker sees it. loaded: a text source that the parent has read, or None for
+    a database, which is opened here, and anew when its file is replaced."""
+
+    def __init__(self, name, seconds, loaded):
+        self.name, self.seconds, self.loaded = name, seconds, loaded
+        self.source, self.identity, self.checked = loaded, None, 0.0
+        self.failure = Reply(2, "%s is not read yet" % name)
+
+    def find(self):
+        """The source now; raises Reply if there is none any more."""
+        now = time.monotonic()
+        if self.source is None or self.source.frozen or now > self.checked + LOOK:
+            status = check_file(self.name)
+            identity = status.st_dev, status.st_ino
+            if not self.loaded and (identity != self.identity or self.source.frozen):
+                try:
+                    source = open_source(self.name, 0)
+                except Reply as reply:
+                    self.failure = reply
+                    raise
+                if source.on_disk:
+                    if self.source:
+                        self.source.connection.close()
+                    self.source, self.identity = source, identity
+                elif not self.source:
+                    raise self.failure  # until the parent has read what is there now
+            self.checked = now
+        self.source.deadline = now + self.seconds
+        return self.source
+
+
+def load(name, seconds):
+    """For the parent: a text source in memory, with indexes, or None for a database."""
+    source = open_source(name, seconds)
+    if isinstance(source, SqlSource):
+        return None if source.on_disk else source
+    import _sqlite3
+    connection = _sqlite3.connect(":memory:", isolation_level=None)
+    connection.executescript("BEGIN;" + SCHEMA)
+    rows = ((id_of(row[ID], True),) + tuple(row[1:4]) for _, row in source.numbered_rows)
+    connection.executemany("INSERT INTO agent VALUES (?, ?, ?, ?)", rows)
+    return SqlSource(connection, time.monotonic() + seconds, from_text=True)
+
+
+class Log:
+    """Lines on stderr; without -v, repeats are summed up once a minute."""
+
+    def __init__(self, verbose):
+        self.verbose, self.seen, self.since = verbose, {}, time.monotonic()
+
+    def write(self, line):
+        """One line, now; dropped if nobody reads them: a full pipe must not stop the server."""
+        import select
+        writable = select.poll()
+        writable.register(2, select.POLLOUT)
+        if writable.poll(0):
+            posix.write(2, ("agent_key_request: %s\n" % printable(line)).encode("ascii"))
+
+    def take(self, lines, last=False):
+        """Lines of the workers, `level: text`; sums up when it is time, or at last."""
+        for line in lines:
+            if line not in self.seen and len(self.seen) >= SUMMARY_LINES:
+                line = "info: other lines, left out here"
+            if self.verbose or line not in self.seen:
+                self.write(line)
+            self.seen[line] = self.seen.get(line, -1) + 1
+        if last or time.monotonic() > self.since + SUMMARY:
+            for line, repeats in self.seen.items():
+                if repeats and not self.verbose:
+                    self.write("%s (%d times more in %d s)" % (line, repeats, SUMMARY))
+            self.since, self.seen = time.monotonic(), {}
+
+
+class Supervisor:
+    """The parent: starts and replaces workers, watches a text source, writes the log.
+
+    The workers of one generation share a pipe, `lifeline`, that ends when the parent ends; a byte
+    in it retires them, when others with a newly read source have taken their place.
+    """
+
+    def __init__(self, server, name, options):
+        import os
+        self.server, self.name, self.log = server, name, Log("-v" in options)
+        self.seconds = number_of(options, "--timeout", 5)
+        self.count = int(number_of(options, "--workers", os.cpu_count() or 1)) or 1
+        self.lines, self.lines_end = os.pipe()
+        os.set_blocking(self.lines, False)
+        os.set_blocking(self.lines_end, False)
+        self.workers, self.generation, self.lifeline, self.torn = {}, 0, None, b""
+
+    def stamp(self):
+        """What differs when the source's file does; None without one."""
+        try:
+            status = posix.stat(self.name)
+            return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        except OSError:
+            return None
+
+    def renew(self):
+        """Read the source, if it can be read, and let a new generation of workers take over."""
+        self.read = self.seen = self.stamp()
+        self.changed, self.loaded = time.monotonic(), None
+        try:
+            self.loaded = load(self.name, self.seconds)
+            self.log.write("info: source %s" % self.name)
+        except Reply as reply:
+            self.log.take(["error: %s" % reply.message])
+        self.end_generation(b"r")
+        self.generation += 1
+        self.lifeline = posix.pipe()
+        for _ in range(self.count):
+            self.start_worker()
+
+    def end_generation(self, word=b""):
+        """Have the workers end: with a word, they leave new connections to others."""
+        if self.lifeline:
+            posix.write(self.lifeline[1], word)
+            posix.close(self.lifeline[0])
+            posix.close(self.lifeline[1])
+
+    def start_worker(self):
+        """Fork one more worker of the present generation."""
+        process = posix.fork()
+        if process:
+            self.workers[process] = self.generation
+            return
+        try:
+            posix.close(self.lifeline[1])
+            source = ServedSource(self.name, self.seconds, self.loaded)
+            self.server.take_over(self.lifeline[0], source, self.seconds, self.report)
+            self.server.serve_forever(0.02)
+        except SystemExit:
+            posix._exit(0)
+        finally:
+            posix._exit(1)
+
+    def report(self, words, reply):
+        """From a worker to the log; not a word more than it keeps up with."""
+        told = reply.number in FOR_THE_OPERATOR
+        if told or self.log.verbose:
+            level = ("error" if reply.number else "info") if told else "debug"
+            request = ":".join(words) + ": " if reply.number != 2 or self.log.verbose else ""
+            line = printable("%s: %s%s" % (level, request, reply.message))
+            try:
+                posix.write(self.lines_end, line.encode("ascii") + b"\n")
+            except OSError:
+                pass
+
+    def attend(self):
+        """One round: the log, dead workers, a text source that has changed and settled."""
+        try:
+            *lines, self.torn = (self.torn + posix.read(self.lines, 1 << 20)).split(b"\n")
+        except BlockingIOError:
+            lines = []
+        self.log.take([line.decode("ascii") for line in lines])
+        for process, status in reaped():
+            if self.workers.pop(process, 0) == self.generation and self.server:
+                self.log.write("error: worker %d died (status %d); another takes its place" % (
+                    process, status))
+                self.start_worker()
+        stamp, now = self.stamp(), time.monotonic()
+        if stamp != self.seen:
+            self.seen, self.changed = stamp, now
+        elif stamp not in (None, self.read) and now > self.changed + SETTLED:
+            self.read = stamp
+            if self.loaded or not is_sqlite(self.name):  # which the workers open for themselves
+                self.renew()
+
+    def run(self):
+        """Serve until SIGTERM or SIGINT."""
+        import signal as signals
+        waited = {SIGTERM, SIGINT, SIGHUP}
+        self.renew()
+        self.log.write("info: ready: %d workers on %s, source %s" % (
+            self.count, self.server.server_address, self.name))
+        notify(b"READY=1")
+        while True:
+            caught = signals.sigtimedwait(waited, 0.05)
+            if caught and caught.si_signo == SIGHUP:
+                self.renew()
+            elif caught:
+                return
+            self.attend()
+
+    def stop(self):
+        """Answer everybody who has connected, and end the workers within two seconds."""
+        self.log.write("info: stopping")
+        notify(b"STOPPING=1")
+        server, self.server, end = self.server, None, time.monotonic() + DRAIN + 0.3
+        self.end_generation(b"" if server.identity else b"r")  # systemd keeps its socket and queue
+        while self.workers and time.monotonic() < end:
+            self.attend()
+            time.sleep(0.01)
+        for process in self.workers:
+            posix.kill(process, 9)
+        self.log.take([], last=True)
+        self.log.write("info: stopped")
+
+
+def reaped():
+    """The (process, status) of every child that has ended."""
+    try:
+        process, status = posix.waitpid(-1, posix.WNOHANG)
+        while process:
+            yield process, status
+            process, status = posix.waitpid(-1, posix.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+def notify(state):
+    """Tell systemd, if it is there ($NOTIFY_SOCKET, a path or an abstract name)."""
+    import os
+    import socket
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+            try:
+                messenger.sendto(state, address.replace("@", "\0", 1))
+            except OSError:
+                pass
+
+
+def claim(path):
+    """Lock a socket's path and clear a stale socket away; raises OSError if somebody is there."""
+    import fcntl
+    import os
+    import socket
+    lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        raise OSError("a server is already running there") from None
+    if os.path.lexists(path):
+        if os.lstat(path).st_mode & 0o170000 != 0o140000:
+            raise OSError("a file that is no socket is already there; choose another --socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(path) != 111:  # ECONNREFUSED: nobody listens any more
+                raise OSError("another program is already listening there")
+        os.unlink(path)
+    return lock
+
+
+def listen(path, mode, group):
+    """A listening socketserver: on the socket that systemd passes, or a new one with that mode
+    and group; raises Reply."""
+    import grp
+    import os
+    import socket
+    import socketserver
+    kind = type("Server", (PatientMixIn, socketserver.UnixStreamServer), {})
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
+        server = kind(path, None, bind_and_activate=False)
+        server.socket.close()
+        server.socket = socket.socket(socket.AF_UNIX, fileno=3)
+        server.server_address, server.identity = server.socket.getsockname(), None
+        return server
+    try:
+        lock, mask, own = claim(path), os.umask(0o777 & ~int(mode, 8)), os.getegid()
+        try:
+            os.setegid(grp.getgrnam(group).gr_gid if group else own)
+            server = kind(path, None)  # born with its mode and group: no chmod, no race
+        finally:
+            os.setegid(own)
+            os.umask(mask)
+        server.lock, server.identity = lock, os.stat(path).st_ino
+        return server
+    except (OSError, KeyError, ValueError) as error:
+        raise Trouble("cannot listen on %s: %s" % (
+            path, getattr(error, "strerror", None) or error)) from None
+
+
+def serve(options, name):
+    """Run the server to its end; raises Reply or Trouble if it cannot start."""
+    import os
+    import resource
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # silent clients hold a file each
+    pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP))  # until the supervisor asks for them
+    load(name, number_of(options, "--timeout", 5))
+    server = listen(options.get("--socket", SOCKET), options.get("--mode", "0600"),
+                    options.get("--group"))
+    supervisor = Supervisor(server, name, options)
+    supervisor.run()
+    path = server.server_address
+    if server.identity and os.path.exists(path) and os.stat(path).st_ino == server.identity:
+        os.unlink(path)
+    supervisor.stop()
+
+
+def ask_server(path, words, seconds):
+    """Ask a running server as the manager would: its answer, in bytes; raises Reply."""
+    import socket
+    parse_request(words)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(seconds)
+            connection.connect(path)
+            connection.send(":".join(words).encode("ascii"))
+            line = connection.recv(65536)
+    except OSError as error:
+        raise Reply(2, "no server answers at %s: %s" % (path, error.strerror or error)) from None
+    if not line:
+        raise Reply(2, "the server at %s closed without an answer" % path)
+    return line
+
+
+
 # ----------------------------------------------------------------------------------- command line
 
 HELP = """usage: agent_key_request.py [--db SOURCE] [--timeout SECONDS] id AGENT_ID
        agent_key_request.py [--db SOURCE] [--timeout SECONDS] ip ADDRESS
+       agent_key_request.py [--db SOURCE] --serve [--socket PATH] [--mode 0600] [--group NAME]
+                            [--workers N] [--timeout SECONDS] [-v]
+       agent_key_request.py --socket PATH id AGENT_ID | ip ADDRESS     (asks a running server)
        agent_key_request.py --version | --help
+SOURCE: SQLite, CSV, client.keys or an SQL script; without --db $AGENT_KEY_DB, else agents.db
+beside the script. --timeout: 10 s for one request, 5 s for each that a server gets.
 """
-FLAGS = ("--help", "--version")
-OPTIONS = ("--db", "--timeout")
+FLAGS = ("--help", "--version", "--serve", "-v")
+OPTIONS = ("--db", "--timeout", "--socket", "--mode", "--group", "--workers")
 
 
 def parse_arguments(arguments):
@@ -518,6 +960,9 @@ def give_up(*_):
 def answer_once(options, words):
     """The executable method: answers on standard output, then tells syslog."""
     seconds = number_of(options, "--timeout", 10)  # the manager's own patience is 60 s
+    if "--socket" in options:
+        posix.write(1, ask_server(options["--socket"], words, seconds))
+        return
     name = options.get("--db") or source_beside()
     signal(SIGALRM, give_up)
     setitimer(ITIMER_REAL, seconds)
@@ -536,12 +981,28 @@ def answer_once(options, words):
                       printable("%s: %s" % (" ".join(words), reply.message)))
 
 
+def run_server(arguments):
+    """For people: --serve, with its troubles on stderr; returns the exit status."""
+    try:
+        options, words = parse_arguments(arguments)
+        if words:
+            raise Reply(3, ": --serve takes no request")
+        serve(options, options.get("--db") or source_beside())
+        return 0
+    except (Reply, Trouble) as problem:
+        message = getattr(problem, "message", None) or printable(str(problem))
+        posix.write(2, ("agent_key_request: error: %s\n" % message).encode("ascii"))
+        return 1
+
+
 def main(arguments):
     """Run the program; returns the exit status."""
     # The manager starts its programs with these blocked, and could not end a Python otherwise.
     pthread_sigmask(SIG_UNBLOCK, (SIGTERM, SIGINT, SIGHUP))
     signal(SIGINT, SIG_DFL)
     try:
+        if "--serve" in arguments:
+            return run_server(arguments)
         options, words = parse_arguments(arguments)
         if "--help" in options or "--version" in options:
             posix.write(1, (HELP if "--help" in options else version()).encode("ascii"))
