@@ -23,8 +23,9 @@ if __name__ == "__main__" and not (sys.flags.isolated and sys.flags.no_site):
     posix.execv(sys.executable, [sys.executable, "-IS"] + sys.argv)  # before anything planted
 
 import time
-from _signal import ITIMER_REAL, SIG_BLOCK, SIG_DFL, SIG_UNBLOCK, SIGALRM, SIGHUP, SIGINT, SIGTERM
-from _signal import pthread_sigmask, setitimer, signal
+from _signal import (  # type: ignore
+    ITIMER_REAL, SIG_DFL, SIG_UNBLOCK, SIGALRM, SIGHUP, SIGINT, SIGTERM,
+    pthread_sigmask, setitimer, signal)
 from _socket import AF_INET, AF_INET6, inet_pton
 
 # -------------------------------------------------------------------------------------- constants
@@ -91,6 +92,8 @@ class Reply(Exception):
 
 def printable(text):
     """`text` with a `?` for all that is not printable ASCII."""
+    if not text.strip(PRINTABLE):
+        return text
     return "".join([letter if " " <= letter <= "~" else "?" for letter in text])
 
 
@@ -277,8 +280,10 @@ def unescaped(field):
     """A tab-separated field without a spreadsheet's quotes or the escapes of `mysql --batch`."""
     if field[:1] == '"' == field[-1:] and len(field) > 1:
         field = field[1:-1].replace('""', '"')
-    parts = field.replace("\\N", "").split("\\\\") if field != "NULL" else []
-    return "\\".join(parts).replace("\\t", "\t").replace("\\n", "\n").replace("\\0", "\0")
+    parts = field.split("\\\\") if field not in ("NULL", "\\N") else []
+    for place, part in enumerate(parts):
+        parts[place] = part.replace("\\t", "\t").replace("\\n", "\n").replace("\\0", "\0")
+    return "\\".join(parts)
 
 
 class SqlSource:
@@ -463,7 +468,11 @@ def answer(words, find_source):
 
 
 # ------------------------------------------------------------------------------------- the server
+# Plain code but for this: it is a text until --serve needs it, because a one-shot request would
+# else compile it as well, and take a quarter longer. `make lint` reads it without the two marks.
 
+SERVER_ROOM = r'''
+from _signal import SIG_BLOCK
 SOCKET = "/var/ossec/queue/sockets/agent_key_request"
 SCHEMA = """CREATE TABLE agent (
     id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL, ip VARCHAR(64),
@@ -479,10 +488,6 @@ SUMMARY = 60.0            # seconds over which repeats in the log are summed up
 SUMMARY_LINES = 200       # different lines in that time; a flood must not fill the disk
 
 
-class Trouble(Exception):
-    """What keeps --serve from its work: told on stderr, with exit status 1."""
-
-
 class Client:
     """A connection; deadline: in time.monotonic(); asked: whether its request is complete."""
 
@@ -494,8 +499,7 @@ class Client:
 class PatientMixIn:
     """For socketserver.UnixStreamServer: many connections in one loop, and none waits for another.
 
-    The selector of serve_forever sees an epoll of the listening socket and of all clients that
-    have not said anything yet; get_request gives the next one that has.
+    Who has connected is next, if he has said something; else an epoll waits for him.
     """
 
     request_queue_size = 65535  # the kernel cuts it to net.core.somaxconn; connect never times out
@@ -504,29 +508,42 @@ class PatientMixIn:
         """Prepare for serve_forever in a worker; lifeline: a pipe that ends with the parent."""
         import select
         self.lifeline, self.source, self.seconds, self.report = lifeline, source, seconds, report
-        self.clients, self.ending, self.epoll = {}, None, select.epoll()
+        self.clients, self.ending, self.retired, self.epoll = {}, None, 0, select.epoll()
+        self.next_round = 0.0
         self.socket.setblocking(False)
         self.epoll.register(self.socket.fileno(), select.EPOLLIN)
         self.epoll.register(lifeline, select.EPOLLIN)
 
-    def fileno(self):
-        """What serve_forever waits for."""
-        return self.epoll.fileno()
+    def serve_forever(self, poll_interval=0.02):
+        """As socketserver's, but it waits only when nobody is in the queue."""
+        while True:
+            try:
+                while True:
+                    self.process_request(*self.get_request())
+                    self.service_actions()
+            except BlockingIOError:
+                self.epoll.poll(poll_interval, 1)
+                self.service_actions()
 
     def get_request(self):
-        """The next client that has something to say; OSError, as socketserver wants it, if none."""
-        for number, event in self.epoll.poll(0, 1):
+        """The next client and its number; BlockingIOError if nobody has anything to say."""
+        try:
+            connection = None if self.retired else self.socket.accept()[0]
+        except BlockingIOError:
+            connection = None
+        if connection:
+            number = connection.fileno()
+            self.clients[number] = Client(connection, time.monotonic() + self.seconds)
+            return self.clients[number], number
+        for number, event in self.epoll.poll(0):
             if number in self.clients:
                 return self.clients[number], number
-            if number == self.socket.fileno():
-                connection = self.socket.accept()[0]
-                number = connection.fileno()
-                self.clients[number] = Client(connection, time.monotonic() + self.seconds)
-                return self.clients[number], number
-            self.ending = time.monotonic() + DRAIN
-            self.epoll.unregister(self.lifeline)
-            if event & 1:  # something to read: others go on with this socket, so leave it to them
-                self.epoll.unregister(self.socket.fileno())
+            if number == self.lifeline:
+                self.ending = time.monotonic() + DRAIN
+                self.epoll.unregister(number)
+                self.retired = event & 1  # others go on with this socket: leave them the queue
+                if self.retired:
+                    self.epoll.unregister(self.socket.fileno())
         raise BlockingIOError
 
     def process_request(self, client, number):
@@ -573,9 +590,12 @@ class PatientMixIn:
     def service_actions(self):
         """What serve_forever does between requests: the locked, the silent, and the end."""
         now = time.monotonic()
-        if now < getattr(self, "next_round", 0):
+        if now < self.next_round:
             return
         self.next_round = now + 0.02
+        for number, _ in self.epoll.poll(0):  # or a flood of new clients would hold up the others
+            if number in self.clients:
+                self.process_request(self.clients[number], number)
         for client in list(self.clients.values()):
             if client.asked:
                 self.respond(client)
@@ -675,6 +695,7 @@ class Supervisor:
         os.set_blocking(self.lines, False)
         os.set_blocking(self.lines_end, False)
         self.workers, self.generation, self.lifeline, self.torn = {}, 0, None, b""
+        self.since = self.told = 0
 
     def stamp(self):
         """What differs when the source's file does; None without one."""
@@ -725,7 +746,10 @@ class Supervisor:
     def report(self, words, reply):
         """From a worker to the log; not a word more than it keeps up with."""
         told = reply.number in FOR_THE_OPERATOR
-        if told or self.log.verbose:
+        if time.monotonic() > self.since + SUMMARY:
+            self.since, self.told = time.monotonic(), 0
+        self.told += told
+        if told and self.told < SUMMARY_LINES or self.log.verbose:
             level = ("error" if reply.number else "info") if told else "debug"
             request = ":".join(words) + ": " if reply.number != 2 or self.log.verbose else ""
             line = printable("%s: %s%s" % (level, request, reply.message))
@@ -876,7 +900,6 @@ def serve(options, name):
         os.unlink(path)
     supervisor.stop()
 
-
 def ask_server(path, words, seconds):
     """Ask a running server as the manager would: its answer, in bytes; raises Reply."""
     import socket
@@ -894,6 +917,23 @@ def ask_server(path, words, seconds):
     return line
 
 
+class Trouble(Exception):
+    """What keeps --serve from its work: told on stderr, with exit status 1."""
+
+
+def run_server(arguments):
+    """For people: --serve, with its troubles on stderr; returns the exit status."""
+    try:
+        options, words = parse_arguments(arguments)
+        if words:
+            raise Reply(3, ": --serve takes no request")
+        serve(options, options.get("--db") or source_beside())
+        return 0
+    except (Reply, Trouble) as problem:
+        message = getattr(problem, "message", None) or printable(str(problem))
+        posix.write(2, ("agent_key_request: error: %s\n" % message).encode("ascii"))
+        return 1
+'''  # end of SERVER_ROOM
 
 # ----------------------------------------------------------------------------------- command line
 
@@ -952,6 +992,12 @@ def version():
         return "agent_key_request.py %s sha256:%s\n" % (VERSION, sha256(script.read()).hexdigest())
 
 
+def later(name):
+    """A function from SERVER_ROOM."""
+    exec(compile(SERVER_ROOM, __file__, "exec"), globals())  # noqa: F821
+    return globals()[name]
+
+
 def give_up(*_):
     """The handler of the alarm that ends a one-shot request."""
     raise Reply(2, "no answer in time (--timeout)")
@@ -961,7 +1007,7 @@ def answer_once(options, words):
     """The executable method: answers on standard output, then tells syslog."""
     seconds = number_of(options, "--timeout", 10)  # the manager's own patience is 60 s
     if "--socket" in options:
-        posix.write(1, ask_server(options["--socket"], words, seconds))
+        posix.write(1, later("ask_server")(options["--socket"], words, seconds))
         return
     name = options.get("--db") or source_beside()
     signal(SIGALRM, give_up)
@@ -981,20 +1027,6 @@ def answer_once(options, words):
                       printable("%s: %s" % (" ".join(words), reply.message)))
 
 
-def run_server(arguments):
-    """For people: --serve, with its troubles on stderr; returns the exit status."""
-    try:
-        options, words = parse_arguments(arguments)
-        if words:
-            raise Reply(3, ": --serve takes no request")
-        serve(options, options.get("--db") or source_beside())
-        return 0
-    except (Reply, Trouble) as problem:
-        message = getattr(problem, "message", None) or printable(str(problem))
-        posix.write(2, ("agent_key_request: error: %s\n" % message).encode("ascii"))
-        return 1
-
-
 def main(arguments):
     """Run the program; returns the exit status."""
     # The manager starts its programs with these blocked, and could not end a Python otherwise.
@@ -1002,7 +1034,7 @@ def main(arguments):
     signal(SIGINT, SIG_DFL)
     try:
         if "--serve" in arguments:
-            return run_server(arguments)
+            return later("run_server")(arguments)
         options, words = parse_arguments(arguments)
         if "--help" in options or "--version" in options:
             posix.write(1, (HELP if "--help" in options else version()).encode("ascii"))
