@@ -485,7 +485,7 @@ DRAIN = 1.5               # seconds that who has connected is still waited for w
 LOOK = 0.2                # seconds between looks at the source's file
 SETTLED = 1.0             # seconds a text file must have stood unchanged
 SUMMARY = 60.0            # seconds over which repeats in the log are summed up
-SUMMARY_LINES = 200       # different lines in that time; a flood must not fill the disk
+SUMMARY_LINES = 100000    # different lines in that time; a flood must not fill the memory
 
 
 class Client:
@@ -504,12 +504,13 @@ class PatientMixIn:
 
     request_queue_size = 65535  # the kernel cuts it to net.core.somaxconn; connect never times out
 
-    def take_over(self, lifeline, source, seconds, report):
+    def take_over(self, lifeline, source, seconds, notes):
         """Prepare for serve_forever in a worker; lifeline: a pipe that ends with the parent."""
+        import resource
         import select
-        self.lifeline, self.source, self.seconds, self.report = lifeline, source, seconds, report
+        self.lifeline, self.source, self.seconds, self.notes = lifeline, source, seconds, notes
         self.clients, self.ending, self.retired, self.epoll = {}, None, 0, select.epoll()
-        self.next_round = 0.0
+        self.next_round, self.most = 0.0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 40
         self.socket.setblocking(False)
         self.epoll.register(self.socket.fileno(), select.EPOLLIN)
         self.epoll.register(lifeline, select.EPOLLIN)
@@ -529,9 +530,11 @@ class PatientMixIn:
         """The next client and its number; BlockingIOError if nobody has anything to say."""
         try:
             connection = None if self.retired else self.socket.accept()[0]
-        except BlockingIOError:
+        except OSError:  # nobody there
             connection = None
         if connection:
+            if len(self.clients) >= self.most:  # who has been silent for longest gives way
+                self.drop(next(iter(self.clients.values())))
             number = connection.fileno()
             self.clients[number] = Client(connection, time.monotonic() + self.seconds)
             return self.clients[number], number
@@ -579,7 +582,7 @@ class PatientMixIn:
                 client.connection.sendall(reply.line())
             except OSError:
                 pass  # it has gone
-            self.report(words, reply)
+            self.notes.report(words, reply)
         self.drop(client)
 
     def drop(self, client):
@@ -593,6 +596,7 @@ class PatientMixIn:
         if now < self.next_round:
             return
         self.next_round = now + 0.02
+        self.notes.flush()
         for number, _ in self.epoll.poll(0):  # or a flood of new clients would hold up the others
             if number in self.clients:
                 self.process_request(self.clients[number], number)
@@ -602,6 +606,7 @@ class PatientMixIn:
             elif now > client.deadline:
                 self.drop(client)
         if self.ending and (now > self.ending or not self.clients and not self.epoll.poll(0, 1)):
+            self.notes.flush()
             raise SystemExit
 
 
@@ -665,13 +670,15 @@ class Log:
             posix.write(2, ("agent_key_request: %s\n" % printable(line)).encode("ascii"))
 
     def take(self, lines, last=False):
-        """Lines of the workers, `level: text`; sums up when it is time, or at last."""
-        for line in lines:
+        """Lines of the workers, `count level: text`; sums up when it is time, or at last."""
+        for counted in lines:
+            count, _, line = counted.partition(" ")
             if line not in self.seen and len(self.seen) >= SUMMARY_LINES:
                 line = "info: other lines, left out here"
-            if self.verbose or line not in self.seen:
+            new = line not in self.seen
+            for _ in range(int(count) if self.verbose else new):
                 self.write(line)
-            self.seen[line] = self.seen.get(line, -1) + 1
+            self.seen[line] = self.seen.get(line, 0) + int(count) - new
         if last or time.monotonic() > self.since + SUMMARY:
             for line, repeats in self.seen.items():
                 if repeats and not self.verbose:
@@ -695,7 +702,7 @@ class Supervisor:
         os.set_blocking(self.lines, False)
         os.set_blocking(self.lines_end, False)
         self.workers, self.generation, self.lifeline, self.torn = {}, 0, None, b""
-        self.since = self.told = 0
+        self.pending = {}
 
     def stamp(self):
         """What differs when the source's file does; None without one."""
@@ -713,7 +720,7 @@ class Supervisor:
             self.loaded = load(self.name, self.seconds)
             self.log.write("info: source %s" % self.name)
         except Reply as reply:
-            self.log.take(["error: %s" % reply.message])
+            self.log.take(["1 error: %s" % reply.message])
         self.end_generation(b"r")
         self.generation += 1
         self.lifeline = posix.pipe()
@@ -736,7 +743,7 @@ class Supervisor:
         try:
             posix.close(self.lifeline[1])
             source = ServedSource(self.name, self.seconds, self.loaded)
-            self.server.take_over(self.lifeline[0], source, self.seconds, self.report)
+            self.server.take_over(self.lifeline[0], source, self.seconds, self)
             self.server.serve_forever(0.02)
         except SystemExit:
             posix._exit(0)
@@ -744,19 +751,30 @@ class Supervisor:
             posix._exit(1)
 
     def report(self, words, reply):
-        """From a worker to the log; not a word more than it keeps up with."""
-        told = reply.number in FOR_THE_OPERATOR
-        if time.monotonic() > self.since + SUMMARY:
-            self.since, self.told = time.monotonic(), 0
-        self.told += told
-        if told and self.told < SUMMARY_LINES or self.log.verbose:
-            level = ("error" if reply.number else "info") if told else "debug"
-            request = ":".join(words) + ": " if reply.number != 2 or self.log.verbose else ""
-            line = printable("%s: %s%s" % (level, request, reply.message))
+        """From a worker: note what the log should say."""
+        if reply.number in FOR_THE_OPERATOR or self.log.verbose:
+            whose = ":".join(words) + ": " if reply.number != 2 or self.log.verbose else ""
+            key = reply.number, whose, reply.message
+            self.pending[key] = self.pending.get(key, 0) + 1
+
+    def flush(self):
+        """From a worker: send the log what it has to say, as much as it takes without waiting."""
+        while self.pending:
+            text, sent = b"", []
+            for key in self.pending:
+                level = "error" if key[0] in FOR_THE_OPERATOR[1:] else "debug" if key[0] else "info"
+                line = "%d %s: %s%s" % ((self.pending[key], level) + key[1:])
+                line = printable(line[:2000]).encode("ascii") + b"\n"
+                if len(text) + len(line) > 4096:  # what a pipe takes in one piece
+                    break
+                text += line
+                sent.append(key)
             try:
-                posix.write(self.lines_end, line.encode("ascii") + b"\n")
+                posix.write(self.lines_end, text)
             except OSError:
-                pass
+                return
+            for key in sent:
+                del self.pending[key]
 
     def attend(self):
         """One round: the log, dead workers, a text source that has changed and settled."""

@@ -1,4 +1,4 @@
-"""The repository itself: what is in it, what the README and --help promise, make run and install."""
+"""The repository itself: what is in it, what README and --help promise, make run and install."""
 
 from __future__ import annotations
 
