@@ -99,12 +99,12 @@ def printable(text):
 
 def to_json(value):
     """`value` (dict, list, str, int) as JSON on one line: the only place that writes any."""
+    if isinstance(value, str):
+        return '"%s"' % printable(value).replace("\\", "\\\\").replace('"', '\\"')
     if isinstance(value, dict):
         return "{%s}" % ", ".join(["%s: %s" % (to_json(k), to_json(value[k])) for k in value])
     if isinstance(value, list):
         return "[%s]" % ", ".join(map(to_json, value))
-    if isinstance(value, str):
-        return '"%s"' % printable(value).replace("\\", "\\\\").replace('"', '\\"')
     return "%d" % value
 
 
@@ -401,12 +401,14 @@ def open_script(script, name, seconds):
     """The source in an SQL script, loaded into memory."""
     import _sqlite3
     connection = _sqlite3.connect(":memory:", isolation_level=None)
+    deadline = time.monotonic() + seconds
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100000)
     connection.set_authorizer(lambda action, *_: action == _sqlite3.SQLITE_ATTACH)  # 1 refuses it
     try:
         connection.executescript(script)
     except Exception as error:
         raise Reply(2, "%s: %s" % (name, error)) from None
-    return SqlSource(connection, time.monotonic() + seconds)
+    return SqlSource(connection, deadline)
 
 
 # -------------------------------------------------------------------------------------- the answer
@@ -515,7 +517,7 @@ class PatientMixIn:
         self.epoll.register(self.socket.fileno(), select.EPOLLIN)
         self.epoll.register(lifeline, select.EPOLLIN)
 
-    def serve_forever(self, poll_interval=0.02):
+    def serve_forever(self, poll_interval=0.5):
         """As socketserver's, but it waits only when nobody is in the queue."""
         while True:
             try:
@@ -523,7 +525,8 @@ class PatientMixIn:
                     self.process_request(*self.get_request())
                     self.service_actions()
             except BlockingIOError:
-                self.epoll.poll(poll_interval, 1)
+                at_work = self.clients or self.notes.pending or self.ending
+                self.epoll.poll(0.02 if at_work else poll_interval, 1)
                 self.service_actions()
 
     def get_request(self):
@@ -744,7 +747,7 @@ class Supervisor:
             posix.close(self.lifeline[1])
             source = ServedSource(self.name, self.seconds, self.loaded)
             self.server.take_over(self.lifeline[0], source, self.seconds, self)
-            self.server.serve_forever(0.02)
+            self.server.serve_forever()
         except SystemExit:
             posix._exit(0)
         finally:
@@ -949,6 +952,8 @@ def run_server(arguments):
         return 0
     except (Reply, Trouble) as problem:
         message = getattr(problem, "message", None) or printable(str(problem))
+        if getattr(problem, "number", 2) != 2:
+            message += " (see --help)"
         posix.write(2, ("agent_key_request: error: %s\n" % message).encode("ascii"))
         return 1
 '''  # end of SERVER_ROOM
