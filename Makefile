@@ -20,7 +20,7 @@ test:
 # The server's room is a text to Python (the script says why); lint reads it as the code it is.
 lint: $(VENV)/bin/mypy
 	mkdir -p .lint
-	sed -e "/^SERVER_ROOM = r'''$$/d" -e "/^'''  # end of SERVER_ROOM$$/d" $(SCRIPT) > .lint/$(SCRIPT)
+	sed -e "/^LATER_ROOM = r'''$$/d" -e "/^'''  # end of LATER_ROOM$$/d" $(SCRIPT) > .lint/$(SCRIPT)
 	$(VENV)/bin/ruff check $(SCRIPT) .lint/$(SCRIPT) tests
 	$(VENV)/bin/mypy .lint/$(SCRIPT)
 

@@ -265,8 +265,9 @@ def delimited(lines, header, delimiter, columns):
     from operator import itemgetter
     tabs, pick, width = delimiter == "\t", itemgetter(*columns), max(columns) + 1
     csv.field_size_limit(sys.maxsize)  # somebody else's long field must not end the reading
-    safe_lines = (line.replace("\0", "?") for line in lines)  # NUL stops csv before Python 3.11
-    reader = csv.reader(safe_lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else 0)
+    if sys.version_info < (3, 11):  # where csv stops at a NUL; DEL breaks every rule as well
+        lines = (line.replace("\0", "\x7f") for line in lines)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else 0)
     try:
         for fields in reader:
             if fields and reader.line_num > header:
@@ -392,23 +393,9 @@ def open_text(stream, name, seconds):
     if like_keys and not word.strip(DIGITS) or not first and "".join(head).strip():
         return ClientKeys(lines)
     if name.endswith(".sql") or word.upper() in ("CREATE", "INSERT", "BEGIN", "DROP", "--"):
-        return open_script("".join(lines), name, seconds)
+        return later("open_script")("".join(lines), name, seconds)
     raise Reply(2, "%s is %s" % (name, "no SQLite database, CSV with a header (id, name, ip, key), "
                                  "client.keys or SQL script" if first else "empty"))
-
-
-def open_script(script, name, seconds):
-    """The source in an SQL script, loaded into memory."""
-    import _sqlite3
-    connection = _sqlite3.connect(":memory:", isolation_level=None)
-    deadline = time.monotonic() + seconds
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100000)
-    connection.set_authorizer(lambda action, *_: action == _sqlite3.SQLITE_ATTACH)  # 1 refuses it
-    try:
-        connection.executescript(script)
-    except Exception as error:
-        raise Reply(2, "%s: %s" % (name, error)) from None
-    return SqlSource(connection, deadline)
 
 
 # -------------------------------------------------------------------------------------- the answer
@@ -470,10 +457,11 @@ def answer(words, find_source):
 
 
 # ------------------------------------------------------------------------------------- the server
-# Plain code but for this: it is a text until --serve needs it, because a one-shot request would
-# else compile it as well, and take a quarter longer. `make lint` reads it without the two marks.
+# Plain code but for this: it is a text until --serve, --socket, --version or an SQL script need it,
+# because every one-shot request would else compile it, and cost a quarter more. `make lint` and the
+# tests read it without its two marks.
 
-SERVER_ROOM = r'''
+LATER_ROOM = r'''
 from _signal import SIG_BLOCK
 SOCKET = "/var/ossec/queue/sockets/agent_key_request"
 SCHEMA = """CREATE TABLE agent (
@@ -664,24 +652,29 @@ class Log:
     def __init__(self, verbose):
         self.verbose, self.seen, self.since = verbose, {}, time.monotonic()
 
-    def write(self, line):
-        """One line, now; dropped if nobody reads them: a full pipe must not stop the server."""
+    def write(self, *lines):
+        """Lines, at once; dropped if nobody reads them: a full pipe must not stop the server."""
         import select
         writable = select.poll()
         writable.register(2, select.POLLOUT)
-        if writable.poll(0):
-            posix.write(2, ("agent_key_request: %s\n" % printable(line)).encode("ascii"))
+        text = "".join(["agent_key_request: %s\n" % printable(line) for line in lines])
+        while text:
+            end = text.rfind("\n", 0, 4096) + 1 or len(text)  # what a pipe takes in one piece
+            if writable.poll(0):
+                posix.write(2, text[:end].encode("ascii"))
+            text = text[end:]
 
     def take(self, lines, last=False):
         """Lines of the workers, `count level: text`; sums up when it is time, or at last."""
+        told = []
         for counted in lines:
             count, _, line = counted.partition(" ")
             if line not in self.seen and len(self.seen) >= SUMMARY_LINES:
                 line = "info: other lines, left out here"
             new = line not in self.seen
-            for _ in range(int(count) if self.verbose else new):
-                self.write(line)
+            told += [line] * (int(count) if self.verbose else new)
             self.seen[line] = self.seen.get(line, 0) + int(count) - new
+        self.write(*told)
         if last or time.monotonic() > self.since + SUMMARY:
             for line, repeats in self.seen.items():
                 if repeats and not self.verbose:
@@ -956,7 +949,28 @@ def run_server(arguments):
             message += " (see --help)"
         posix.write(2, ("agent_key_request: error: %s\n" % message).encode("ascii"))
         return 1
-'''  # end of SERVER_ROOM
+
+
+def open_script(script, name, seconds):
+    """The source in an SQL script, loaded into memory."""
+    import _sqlite3
+    connection = _sqlite3.connect(":memory:", isolation_level=None)
+    deadline = time.monotonic() + seconds
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100000)
+    connection.set_authorizer(lambda action, *_: action == _sqlite3.SQLITE_ATTACH)  # 1 refuses it
+    try:
+        connection.executescript(script)
+    except Exception as error:
+        raise Reply(2, "%s: %s" % (name, error)) from None
+    return SqlSource(connection, deadline)
+
+
+def version():
+    """The version, and the SHA-256 that tells which file this is."""
+    from hashlib import sha256
+    with open(__file__, "rb") as script:
+        return "agent_key_request.py %s sha256:%s\n" % (VERSION, sha256(script.read()).hexdigest())
+'''  # end of LATER_ROOM
 
 # ----------------------------------------------------------------------------------- command line
 
@@ -1008,16 +1022,9 @@ def source_beside():
     return os.environ.get("AGENT_KEY_DB") or beside
 
 
-def version():
-    """The version, and the SHA-256 that tells which file this is."""
-    from hashlib import sha256
-    with open(__file__, "rb") as script:
-        return "agent_key_request.py %s sha256:%s\n" % (VERSION, sha256(script.read()).hexdigest())
-
-
 def later(name):
-    """A function from SERVER_ROOM."""
-    exec(compile(SERVER_ROOM, __file__, "exec"), globals())  # noqa: F821
+    """A function from LATER_ROOM."""
+    exec(compile(LATER_ROOM, __file__, "exec"), globals())  # noqa: F821
     return globals()[name]
 
 
@@ -1060,7 +1067,7 @@ def main(arguments):
             return later("run_server")(arguments)
         options, words = parse_arguments(arguments)
         if "--help" in options or "--version" in options:
-            posix.write(1, (HELP if "--help" in options else version()).encode("ascii"))
+            posix.write(1, (HELP if "--help" in options else later("version")()).encode("ascii"))
         else:
             answer_once(options, words)
     except Reply as reply:
