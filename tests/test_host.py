@@ -605,3 +605,12 @@ def test_no_key_in_any_message(ask: Caller, stores: Stores, seed: int) -> None:
             answer = ask("id", f"00{number}", db=path)
             assert answer.error == 6
             assert secret[:8] not in answer.message
+
+
+def test_a_key_with_a_nul_is_invalid_in_every_interpreter(
+    ask_each: Caller, stores: Stores
+) -> None:
+    """Before 3.11 csv stops at a NUL; what stands in for it must not make the key look sound."""
+    source = stores.text(b"id,name,ip,key\n001,a,any,k\0k\n002,b,any,k\n", "agents.csv")
+    assert ask_each("id", "001", db=source).error == 6
+    assert ask_each("id", "002", db=source).error == 0
