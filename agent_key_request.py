@@ -219,7 +219,7 @@ def closest(rows, number, width):
 class TextSource:
     """Agents in a text file. numbered_rows: iterator of (line number, row), to be read once."""
 
-    from_text, unit, on_disk, frozen = True, "line", False, False
+    from_text, on_disk, frozen = True, False, False
 
     def __init__(self, numbered_rows):
         self.numbered_rows = numbered_rows
@@ -291,7 +291,7 @@ class SqlSource:
     """The table or view `agent` of an SQLite connection; from_text: it was loaded from a text file;
     deadline: when a query is given up, in time.monotonic()."""
 
-    unit, on_disk, frozen = "row", False, False
+    on_disk, frozen = False, False
 
     def __init__(self, connection, deadline, from_text=False):
         self.connection, self.deadline, self.from_text = connection, deadline, from_text
@@ -321,11 +321,6 @@ class SqlSource:
         heads = (one, two, three, address + "/") if len(parts) == 4 else ("", "", "", "")
         values = dict(zip(("one", "two", "three", "four"), heads), ip=address, padding=padding)
         return list(self.query(self.rows_by_ip, values))
-
-    @property
-    def numbered_rows(self):
-        """Iterator of (row number, row) over all agents."""
-        return enumerate(self.query(ROWS), 1)
 
 
 def check_file(path):
@@ -715,8 +710,8 @@ class Supervisor:
         try:
             self.loaded = load(self.name, self.seconds)
             self.log.write("info: source %s" % self.name)
-        except Reply as reply:
-            self.log.take(["1 error: %s" % reply.message])
+        except (Reply, OSError) as problem:  # OSError: it went away while it was being read
+            self.log.take(["1 error: %s" % getattr(problem, "message", problem)])
         self.end_generation(b"r")
         self.generation += 1
         self.lifeline = posix.pipe()
@@ -738,6 +733,8 @@ class Supervisor:
             return
         try:
             posix.close(self.lifeline[1])
+            if self.server.identity:
+                posix.close(self.server.lock)  # it is the parent's, and free when the parent ends
             source = ServedSource(self.name, self.seconds, self.loaded)
             self.server.take_over(self.lifeline[0], source, self.seconds, self)
             self.server.serve_forever()
@@ -914,6 +911,7 @@ def serve(options, name):
         os.unlink(path)
     supervisor.stop()
 
+
 def ask_server(path, words, seconds):
     """Ask a running server as the manager would: its answer, in bytes; raises Reply."""
     import socket
@@ -943,7 +941,7 @@ def run_server(arguments):
             raise Reply(3, ": --serve takes no request")
         serve(options, options.get("--db") or source_beside())
         return 0
-    except (Reply, Trouble) as problem:
+    except (Reply, Trouble, OSError) as problem:
         message = getattr(problem, "message", None) or printable(str(problem))
         if getattr(problem, "number", 2) != 2:
             message += " (see --help)"
