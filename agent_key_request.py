@@ -49,25 +49,19 @@ RULES = (  # field, least and most characters, which ones, and the same in words
 MANAGER = ("id", "000")
 MISSING = "\0"  # a field that its line does not have: breaks every rule
 
-# What the index agent_network sorts by: the part from the slash; ":" for an IPv6 address in other
-# than its shortest lower-case spelling; null for the others, which the index agent_ip finds.
-NETWORK = """CASE WHEN instr(ip, '/') THEN trim(substr(ip, instr(ip, '/')))
-    WHEN ip LIKE '%:0%' OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%'
-    OR ip <> lower(ip) THEN ':' END"""
+# What the index agent_network sorts by: the part from the slash; ":" for padding, IPv6 networks, and
+# IPv6 in other than its shortest lower-case spelling; null for the others, which agent_ip finds.
+NETWORK = """CASE WHEN ip LIKE ' %' OR ip LIKE '% ' OR ip LIKE '%:%/%' OR ip LIKE '%:0%'
+    OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%' OR ip LIKE '%:%' AND ip <> lower(ip)
+    THEN ':' WHEN ip LIKE '%/%' THEN substr(ip, instr(ip, '/')) END"""
 ROWS = "SELECT id, name, ip, agent_key FROM agent"
 # A text with or without padding, the same as a BLOB, a number; and all that is padded at the left.
-ROWS_BY_ID = ROWS + """ WHERE id BETWEEN :id AND :id || :padding OR id = :number
-    OR id BETWEEN CAST(:id AS BLOB) AND CAST(:id || :padding AS BLOB) OR id BETWEEN ' ' AND ' ~'"""
-ROWS_BY_IP = ROWS + """ WHERE ip BETWEEN :ip AND :ip || :padding OR ip BETWEEN ' ' AND ' ~'
-    OR ip >= x'' UNION ALL """
-# Walks the few keys of agent_network, and looks only at networks that begin like the address.
-ROWS_BY_NETWORK = """SELECT id, name, ip, agent_key FROM (
-    WITH RECURSIVE walk(part) AS (SELECT '' UNION ALL SELECT
-        (SELECT {0} FROM agent WHERE {0} > part ORDER BY {0} LIMIT 1) FROM walk WHERE part NOT NULL)
-    SELECT part, CASE CAST(substr(part, 2) AS INTEGER) / 8 WHEN 4 THEN :four
-        WHEN 3 THEN :three WHEN 2 THEN :two WHEN 1 THEN :one ELSE '' END AS head FROM walk
-) JOIN agent ON {0} = part AND ip BETWEEN head AND head || '~' AND ip > '!'""".format(NETWORK)
-ROWS_OF_NETWORKS = ROWS + " WHERE {0} NOT NULL AND ip BETWEEN '!' AND '~'".format(NETWORK)
+ROWS_BY_ID = ROWS + """ WHERE id BETWEEN @id AND @id || @padding OR id = @number
+    OR id BETWEEN CAST(@id AS BLOB) AND CAST(@id || @padding AS BLOB) OR id BETWEEN ' ' AND ' ~'"""
+ROWS_BY_IP = ROWS + " WHERE ip = @address UNION ALL "
+BLOBS = ROWS + " WHERE ip >= x'' UNION ALL "
+ROWS_WITHOUT_INDEX = ROWS + """ WHERE ip <> @address AND ip BETWEEN '' AND 'g'
+    AND (ip LIKE '%/%' OR ip LIKE '%:%' OR ip LIKE '% %')"""
 
 # -------------------------------------------------------------------------------------- the reply
 
@@ -185,7 +179,7 @@ def agent_of(record):
 # -------------------------------------------------------------------------------------- addresses
 
 
-def spelled(number, width):
+def spelled(number, width=32):
     """An address as the index agent_ip has it: IPv6 with all its zero groups in the `::`."""
     if width == 32:
         return ".".join([str(number >> shift & 255) for shift in (24, 16, 8, 0)])
@@ -193,6 +187,31 @@ def spelled(number, width):
     zeros = groups.count("0")
     first = groups.index("0") if zeros else 8
     return ":".join(groups[:first]) + "::" * bool(zeros) + ":".join(groups[first + zeros:])
+
+
+def rows_by_network(network, ip):
+    """SQL for the networks that may hold an address, each part of it one range of an index on the
+    expressions `network` and `ip`; without such an index, ROWS_WITHOUT_INDEX."""
+    if not network:
+        return ROWS_WITHOUT_INDEX
+    part = " UNION ALL %s WHERE %s IN (%%s) AND %s BETWEEN @low%%d AND @high%%d" % (
+        ROWS, network.replace("%", "%%"), ip)
+    sql = part[11:] % ("':'", 0, 0) + " AND ip <> @address"
+    for octets in range(4):  # that the network's text has in common with the address
+        lengths = range(8 * octets or 1, 33 if octets == 3 else 8 * octets + 8)
+        masks = ["'/%d', '/%s'" % (n, spelled((1 << 32) - (1 << 32 - n))) for n in lengths]
+        sql += part % (", ".join(masks), octets, octets)
+    return sql
+
+
+def address_values(number, width):
+    """The values of the parameters of ROWS_BY_IP and rows_by_network()."""
+    values = {"address": spelled(number, width)}
+    groups = values["address"].split(".") if width == 32 else []
+    for octets in range(4):
+        low = "".join([group + "." for group in groups[:octets]])
+        values["low%d" % octets], values["high%d" % octets] = low, low + "g"
+    return values
 
 
 def closest(rows, number, width):
@@ -217,46 +236,47 @@ def closest(rows, number, width):
 
 
 class TextSource:
-    """Agents in a text file. numbered_rows: iterator of (line number, row), to be read once."""
+    """Agents in a text file. parse: gives the (line number, row) of the lines, to be read once."""
 
-    from_text, on_disk, frozen = True, False, False
+    from_text, on_disk, frozen, unit = True, False, False, "line"
 
-    def __init__(self, numbered_rows):
-        self.numbered_rows = numbered_rows
+    def __init__(self, lines, parse):
+        self.lines, self.parse = lines, parse
+
+    def rows(self):
+        """Iterator of (line number, row)."""
+        return self.parse(self.lines)
 
     def find(self, option, value):
         """The rows that may answer a request."""
         if option == "id":
-            return [row for _, row in self.numbered_rows if row[ID].strip(" ").zfill(3) == value]
+            return [row for _, row in self.rows() if row[ID].strip(" ").zfill(3) == value]
         address = spelled(*value)
-        return [row for _, row in self.numbered_rows
+        return [row for _, row in self.rows()
                 if "/" in row[IP] or ":" in row[IP] or row[IP].strip(" ") == address]
 
 
 class ClientKeys(TextSource):
-    """The agents in a manager's client.keys, but not its comments and removed agents."""
-
-    def __init__(self, lines):
-        super().__init__(self.rows_of(lines))
-        self.lines = lines
-
-    def rows_of(self, lines):
-        """Iterator of (line number, row)."""
-        for number, line in enumerate(lines, 1):
-            row = line.rstrip("\r\n").split(" ", 3)
-            if row[ID] and line[0] != "#" and (len(row) < 2 or row[NAME][:1] not in ("!", "#")):
-                yield number, row if len(row) == 4 else row[:2] + [MISSING] * 3
+    """The agents in a manager's client.keys."""
 
     def find(self, option, value):
         """The rows that may answer a request; most lines are not even taken apart."""
         if option == "id":
             heads = (value, value.lstrip("0").zfill(2), value.lstrip("0").zfill(1))
-            lines = [line for line in self.lines if line.startswith(heads)]
+            self.lines = [line for line in self.lines if line.startswith(heads)]
         else:
             address = " %s " % spelled(*value)
-            lines = [line for line in self.lines if address in line or "/" in line or ":" in line]
-        self.numbered_rows = self.rows_of(lines)
+            self.lines = [line for line in self.lines
+                          if address in line or "/" in line or ":" in line]
         return super().find(option, value)
+
+
+def client_keys(lines):
+    """The numbered rows of a manager's client.keys, without its comments and removed agents."""
+    for number, line in enumerate(lines, 1):
+        row = line.rstrip("\r\n").split(" ", 3)
+        if row[ID] and line[0] != "#" and (len(row) < 2 or row[NAME][:1] not in ("!", "#")):
+            yield number, row if len(row) == 4 else row[:2] + [MISSING] * 3
 
 
 def delimited(lines, header, delimiter, columns):
@@ -267,12 +287,13 @@ def delimited(lines, header, delimiter, columns):
     csv.field_size_limit(sys.maxsize)  # somebody else's long field must not end the reading
     if sys.version_info < (3, 11):  # where csv stops at a NUL; DEL breaks every rule as well
         lines = (line.replace("\0", "\x7f") for line in lines)
-    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else 0)
+    reader, end = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else 0), 0
     try:
         for fields in reader:
-            if fields and reader.line_num > header:
+            start, end = end + 1, reader.line_num
+            if fields and start > header:
                 row = pick(fields if len(fields) >= width else fields + [MISSING] * width)
-                yield reader.line_num, tuple(map(unescaped, row)) if tabs else row
+                yield start, tuple(map(unescaped, row)) if tabs else row
     except csv.Error as error:
         raise Reply(2, "line %d: %s" % (reader.line_num, error)) from None
 
@@ -291,15 +312,14 @@ class SqlSource:
     """The table or view `agent` of an SQLite connection; from_text: it was loaded from a text file;
     deadline: when a query is given up, in time.monotonic()."""
 
-    on_disk, frozen = False, False
+    on_disk, frozen, unit = False, False, "row"
 
     def __init__(self, connection, deadline, from_text=False):
         self.connection, self.deadline, self.from_text = connection, deadline, from_text
         connection.text_factory = bytes  # text that is not UTF-8 must not stop a query
         connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
         list(self.query(ROWS + " LIMIT 0"))
-        indexed = list(self.query("PRAGMA index_info(agent_network)"))
-        self.rows_by_ip = ROWS_BY_IP + (ROWS_BY_NETWORK if indexed else ROWS_OF_NETWORKS)
+        self.network = NETWORK if list(self.query("PRAGMA index_info(agent_network)")) else ""
 
     def query(self, sql, values=()):
         """Iterator of rows; raises Reply."""
@@ -309,18 +329,17 @@ class SqlSource:
             reason = str(error).replace("interrupted", "no answer in time (--timeout)")
             raise Reply(2, reason, locked="locked" in reason) from None
 
+    def rows(self):
+        """Iterator of (row number, row)."""
+        return enumerate(self.query(ROWS), 1)
+
     def find(self, option, value):
         """The rows that may answer a request."""
-        padding = " " * 128
         if option == "id":
-            values = {"id": value, "number": int(value), "padding": padding}
+            values = {"id": value, "number": int(value), "padding": " " * 128}
             return list(self.query(ROWS_BY_ID, values))
-        address = spelled(*value)
-        parts = address.split(".")
-        one, two, three = [".".join(parts[:count] + [""]) for count in (1, 2, 3)]
-        heads = (one, two, three, address + "/") if len(parts) == 4 else ("", "", "", "")
-        values = dict(zip(("one", "two", "three", "four"), heads), ip=address, padding=padding)
-        return list(self.query(self.rows_by_ip, values))
+        sql = ROWS_BY_IP + BLOBS + rows_by_network(self.network, "ip")
+        return list(self.query(sql, address_values(*value)))
 
 
 def check_file(path):
@@ -345,8 +364,15 @@ def is_sqlite(name, mode=b""):
     return head[:16] == b"SQLite format 3\0" and head[18:].startswith(mode)
 
 
+def is_url(name):
+    """Whether a source is a database on a server, not a file."""
+    return "://" in name and name[0] not in "/."
+
+
 def open_source(name, seconds):
     """The source that `--db` names, for queries of up to `seconds`; raises Reply."""
+    if is_url(name):
+        return later("Database")(name, seconds)
     check_file(name)
     if not is_sqlite(name):
         return open_text(open(name, "rb"), name, seconds)
@@ -376,23 +402,22 @@ def open_text(stream, name, seconds):
     columns = [column.strip(' "').lower() for column in first.split(delimiter)]
     word = first.split(" ")[0]
     is_csv = "id" in columns and len(columns) > 1
-    text = TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n")
-    lines = chain(head, text)
+    lines = chain(head, TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n"))
+    if name == "-":
+        lines = later("whole")(lines)
     if is_csv:
         key = "key" if "key" in columns else "agent_key"
         if not {"name", "ip", key} < set(columns):
             raise Reply(2, "%s: its header lacks one of id, name, ip and key (or agent_key)" % name)
         places = [columns.index(field) for field in ("id", "name", "ip", key)]
-        return TextSource(delimited(lines, len(head), delimiter, places))
+        return TextSource(lines, lambda lines: delimited(lines, len(head), delimiter, places))
     like_keys = first.count(" ") > 2 or name.endswith(".keys")
     if like_keys and not word.strip(DIGITS) or not first and "".join(head).strip():
-        return ClientKeys(lines)
+        return ClientKeys(lines, client_keys)
     if name.endswith(".sql") or word.upper() in ("CREATE", "INSERT", "BEGIN", "DROP", "--"):
         return later("open_script")("".join(lines), name, seconds)
     raise Reply(2, "%s is %s" % (name, "no SQLite database, CSV with a header (id, name, ip, key), "
                                  "client.keys or SQL script" if first else "empty"))
-
-
 # -------------------------------------------------------------------------------------- the answer
 
 
@@ -444,11 +469,16 @@ def answer(words, find_source):
         return reply
     except OSError as error:
         return Reply(2, error.strerror or "input or output error")
-    except Exception as error:  # its text could hold a key
-        trace = error.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        return Reply(9, "%s in line %d of the script" % (type(error).__name__, trace.tb_lineno))
+    except Exception as error:
+        return unforeseen(error)
+
+
+def unforeseen(error):
+    """The Reply for an exception that nobody has foreseen; its own text could hold a key."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return Reply(9, "%s in line %d of the script" % (type(error).__name__, trace.tb_lineno))
 
 
 # ------------------------------------------------------------------------------------- the server
@@ -456,15 +486,17 @@ def answer(words, find_source):
 # because every one-shot request would else compile it, and cost a quarter more. `make lint` and the
 # tests read it without its two marks.
 
+LATER_LINE = sys._getframe().f_lineno + 1
 LATER_ROOM = r'''
-from _signal import SIG_BLOCK
+from _signal import SIG_BLOCK, SIGCHLD
 SOCKET = "/var/ossec/queue/sockets/agent_key_request"
-SCHEMA = """CREATE TABLE agent (
-    id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL, ip VARCHAR(64),
-    agent_key VARCHAR(128) NOT NULL);
-CREATE INDEX agent_id ON agent (id);
-CREATE INDEX agent_ip ON agent (ip);
-CREATE INDEX agent_network ON agent ({0}, ip) WHERE {0} IS NOT NULL;""".format(NETWORK)
+TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL,
+    ip VARCHAR(64), agent_key VARCHAR(128) NOT NULL);"""
+INDEXES = {
+    "agent_id": "CREATE INDEX agent_id ON agent (id);",
+    "agent_ip": "CREATE INDEX agent_ip ON agent (ip);",
+    "agent_network": "CREATE INDEX agent_network ON agent ({0}, ip) WHERE {0} IS NOT NULL;"
+    .format(" ".join(NETWORK.split()))}
 REQUEST_LIMIT = 128       # bytes; the manager's longest is `ip:` and 39
 DRAIN = 1.5               # seconds that who has connected is still waited for when the server stops
 LOOK = 0.2                # seconds between looks at the source's file
@@ -483,57 +515,51 @@ class Client:
 
 class PatientMixIn:
     """For socketserver.UnixStreamServer: many connections in one loop, and none waits for another.
-
-    Who has connected is next, if he has said something; else an epoll waits for him.
+    Who has said something when he is accepted is answered at once; an epoll waits for the others.
     """
 
     request_queue_size = 65535  # the kernel cuts it to net.core.somaxconn; connect never times out
 
-    def take_over(self, lifeline, source, seconds, notes):
+    def take_over(self, lifeline, source, seconds, log):
         """Prepare for serve_forever in a worker; lifeline: a pipe that ends with the parent."""
         import resource
         import select
-        self.lifeline, self.source, self.seconds, self.notes = lifeline, source, seconds, notes
-        self.clients, self.ending, self.retired, self.epoll = {}, None, 0, select.epoll()
+        self.lifeline, self.source, self.seconds, self.log = lifeline, source, seconds, log
+        self.clients, self.ending, self.epoll = {}, None, select.epoll()
         self.next_round, self.most = 0.0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 40
         self.socket.setblocking(False)
-        self.epoll.register(self.socket.fileno(), select.EPOLLIN)
-        self.epoll.register(lifeline, select.EPOLLIN)
+        self.epoll.register(self.fileno(), 1)
+        self.epoll.register(lifeline, 1)
 
     def serve_forever(self, poll_interval=0.5):
-        """As socketserver's, but it waits only when nobody is in the queue."""
-        while True:
-            try:
-                while True:
-                    self.process_request(*self.get_request())
-                    self.service_actions()
-            except BlockingIOError:
-                at_work = self.clients or self.notes.pending or self.ending
-                self.epoll.poll(0.02 if at_work else poll_interval, 1)
-                self.service_actions()
+        """As socketserver's, until the lifeline ends and everybody is answered."""
+        while not self.ending or time.monotonic() < self.ending and (
+                self.clients or self.epoll.poll(0, 1)):
+            at_work = self.clients or self.log.waiting or self.ending
+            for number, event in self.epoll.poll(0.02 if at_work else poll_interval, 100):
+                if number == self.fileno():
+                    self.welcome()
+                elif number == self.lifeline:
+                    self.ending = time.monotonic() + DRAIN
+                    self.epoll.unregister(number)
+                    if event & 1:  # others go on with this socket: leave them the queue
+                        self.epoll.unregister(self.fileno())
+                elif number in self.clients:
+                    self.process_request(self.clients[number], number)
+            self.service_actions()
 
-    def get_request(self):
-        """The next client and its number; BlockingIOError if nobody has anything to say."""
-        try:
-            connection = None if self.retired else self.socket.accept()[0]
-        except OSError:  # nobody there
-            connection = None
-        if connection:
+    def welcome(self):
+        """Take new connections, but not so many that the others wait."""
+        for _ in range(100):
+            try:
+                connection = self.socket.accept()[0]
+            except OSError:  # nobody there
+                return
             if len(self.clients) >= self.most:  # who has been silent for longest gives way
                 self.drop(next(iter(self.clients.values())))
-            number = connection.fileno()
-            self.clients[number] = Client(connection, time.monotonic() + self.seconds)
-            return self.clients[number], number
-        for number, event in self.epoll.poll(0):
-            if number in self.clients:
-                return self.clients[number], number
-            if number == self.lifeline:
-                self.ending = time.monotonic() + DRAIN
-                self.epoll.unregister(number)
-                self.retired = event & 1  # others go on with this socket: leave them the queue
-                if self.retired:
-                    self.epoll.unregister(self.socket.fileno())
-        raise BlockingIOError
+            client = Client(connection, time.monotonic() + self.seconds)
+            self.clients[connection.fileno()] = client
+            self.process_request(client, connection.fileno())
 
     def process_request(self, client, number):
         """Read what there is, without waiting; the first piece with a `:` is the request."""
@@ -568,7 +594,7 @@ class PatientMixIn:
                 client.connection.sendall(reply.line())
             except OSError:
                 pass  # it has gone
-            self.notes.report(words, reply)
+            self.log.request(words, reply)
         self.drop(client)
 
     def drop(self, client):
@@ -577,54 +603,35 @@ class PatientMixIn:
         client.connection.close()
 
     def service_actions(self):
-        """What serve_forever does between requests: the locked, the silent, and the end."""
+        """What is due between requests: the locked, the silent, and the log."""
         now = time.monotonic()
-        if now < self.next_round:
-            return
-        self.next_round = now + 0.02
-        self.notes.flush()
-        for number, _ in self.epoll.poll(0):  # or a flood of new clients would hold up the others
-            if number in self.clients:
-                self.process_request(self.clients[number], number)
-        for client in list(self.clients.values()):
-            if client.asked:
-                self.respond(client)
-            elif now > client.deadline:
-                self.drop(client)
-        if self.ending and (now > self.ending or not self.clients and not self.epoll.poll(0, 1)):
-            self.notes.flush()
-            raise SystemExit
+        if now > self.next_round:
+            self.next_round = now + 0.02
+            for client in list(self.clients.values()):
+                if client.asked:
+                    self.respond(client)
+                elif now > client.deadline:
+                    self.drop(client)
+            self.log.flush()
 
 
 class ServedSource:
-    """The source as a worker sees it. loaded: a text source that the parent has read, or None for
-    a database, which is opened here, and anew when its file is replaced."""
+    """The source as a worker sees it. loaded: a text source that the parent has read; the message
+    that says why it could not; or None for a database, which each worker opens for itself."""
 
     def __init__(self, name, seconds, loaded):
-        self.name, self.seconds, self.loaded = name, seconds, loaded
-        self.source, self.identity, self.checked = loaded, None, 0.0
-        self.failure = Reply(2, "%s is not read yet" % name)
+        self.name, self.seconds, self.failure = name, seconds, None
+        if isinstance(loaded, str):
+            self.failure, loaded = loaded, None
+        self.source = loaded
 
     def find(self):
-        """The source now; raises Reply if there is none any more."""
-        now = time.monotonic()
-        if self.source is None or self.source.frozen or now > self.checked + LOOK:
-            status = check_file(self.name)
-            identity = status.st_dev, status.st_ino
-            if not self.loaded and (identity != self.identity or self.source.frozen):
-                try:
-                    source = open_source(self.name, 0)
-                except Reply as reply:
-                    self.failure = reply
-                    raise
-                if source.on_disk:
-                    if self.source:
-                        self.source.connection.close()
-                    self.source, self.identity = source, identity
-                elif not self.source:
-                    raise self.failure  # until the parent has read what is there now
-            self.checked = now
-        self.source.deadline = now + self.seconds
+        """The source now; raises Reply if there is none."""
+        if self.failure:
+            raise Reply(2, self.failure)
+        if self.source is None or self.source.frozen:
+            self.source = open_source(self.name, 0)
+        self.source.deadline = time.monotonic() + self.seconds
         return self.source
 
 
@@ -635,50 +642,56 @@ def load(name, seconds):
         return None if source.on_disk else source
     import _sqlite3
     connection = _sqlite3.connect(":memory:", isolation_level=None)
-    connection.executescript("BEGIN;" + SCHEMA)
-    rows = ((id_of(row[ID], True),) + tuple(row[1:4]) for _, row in source.numbered_rows)
+    connection.executescript("BEGIN;" + TABLE + "".join(INDEXES.values()))
+    rows = ((id_of(row[ID], True),) + tuple(row[1:4]) for _, row in source.rows())
     connection.executemany("INSERT INTO agent VALUES (?, ?, ?, ?)", rows)
     return SqlSource(connection, time.monotonic() + seconds, from_text=True)
 
 
 class Log:
-    """Lines on stderr; without -v, repeats are summed up once a minute."""
+    """Lines on stderr, of one process; without -v, repeats are summed up once a minute."""
 
     def __init__(self, verbose):
-        self.verbose, self.seen, self.since = verbose, {}, time.monotonic()
+        self.verbose, self.repeats, self.waiting = verbose, {}, []
+        self.since = time.monotonic()
 
-    def write(self, *lines):
-        """Lines, at once; dropped if nobody reads them: a full pipe must not stop the server."""
+    def request(self, words, reply):
+        """Note a request, if it is for the operator to know."""
+        if reply.number in FOR_THE_OPERATOR or self.verbose:
+            level = "error" if reply.number in FOR_THE_OPERATOR[1:] else "info"
+            whose = "" if reply.number == 2 and not self.verbose else ":".join(words) + ": "
+            self.note(level if reply.number != 4 else "debug", whose + reply.message)
+
+    def note(self, level, text):
+        """Note a line for the next flush, or count it."""
+        line = level + ": " + text
+        repeats = self.repeats.get(line, -1) + 1
+        self.repeats[line] = repeats
+        if not repeats or self.verbose:
+            self.waiting.append(line)
+
+    def flush(self, last=False):
+        """Write; what nobody takes is dropped, because a full pipe must not stop the server."""
+        if last or time.monotonic() > self.since + SUMMARY or len(self.repeats) > SUMMARY_LINES:
+            if not self.verbose:
+                self.waiting += ["%s (%d times more in %d s)" % (line, repeats, SUMMARY)
+                                 for line, repeats in self.repeats.items() if repeats]
+            self.since, self.repeats = time.monotonic(), {}
+        if not self.waiting:
+            return
         import select
         writable = select.poll()
         writable.register(2, select.POLLOUT)
-        text = "".join(["agent_key_request: %s\n" % printable(line) for line in lines])
-        while text:
-            end = text.rfind("\n", 0, 4096) + 1 or len(text)  # what a pipe takes in one piece
-            if writable.poll(0):
-                posix.write(2, text[:end].encode("ascii"))
+        text = "".join(["agent_key_request: %s\n" % printable(line[:2000]) for line in self.waiting])
+        self.waiting = []
+        while text and writable.poll(0):
+            end = text.rfind("\n", 0, 4096) + 1  # what a pipe takes in one piece
+            posix.write(2, text[:end].encode("ascii"))
             text = text[end:]
-
-    def take(self, lines, last=False):
-        """Lines of the workers, `count level: text`; sums up when it is time, or at last."""
-        told = []
-        for counted in lines:
-            count, _, line = counted.partition(" ")
-            if line not in self.seen and len(self.seen) >= SUMMARY_LINES:
-                line = "info: other lines, left out here"
-            new = line not in self.seen
-            told += [line] * (int(count) if self.verbose else new)
-            self.seen[line] = self.seen.get(line, 0) + int(count) - new
-        self.write(*told)
-        if last or time.monotonic() > self.since + SUMMARY:
-            for line, repeats in self.seen.items():
-                if repeats and not self.verbose:
-                    self.write("%s (%d times more in %d s)" % (line, repeats, SUMMARY))
-            self.since, self.seen = time.monotonic(), {}
 
 
 class Supervisor:
-    """The parent: starts and replaces workers, watches a text source, writes the log.
+    """The parent: starts and replaces workers, watches the source.
 
     The workers of one generation share a pipe, `lifeline`, that ends when the parent ends; a byte
     in it retires them, when others with a newly read source have taken their place.
@@ -689,29 +702,28 @@ class Supervisor:
         self.server, self.name, self.log = server, name, Log("-v" in options)
         self.seconds = number_of(options, "--timeout", 5)
         self.count = int(number_of(options, "--workers", os.cpu_count() or 1)) or 1
-        self.lines, self.lines_end = os.pipe()
-        os.set_blocking(self.lines, False)
-        os.set_blocking(self.lines_end, False)
-        self.workers, self.generation, self.lifeline, self.torn = {}, 0, None, b""
-        self.pending = {}
+        self.workers, self.generation, self.lifeline = {}, 0, None
 
     def stamp(self):
-        """What differs when the source's file does; None without one."""
+        """What differs when the source's file does: a str if it may not be read."""
         try:
-            status = posix.stat(self.name)
-            return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        except OSError:
-            return None
+            status = None if is_url(self.name) else check_file(self.name)
+        except Reply as reply:
+            return reply.message
+        return status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def renew(self):
-        """Read the source, if it can be read, and let a new generation of workers take over."""
+        """Read the source, and let a new generation of workers take over."""
         self.read = self.seen = self.stamp()
-        self.changed, self.loaded = time.monotonic(), None
+        self.changed = time.monotonic()
         try:
             self.loaded = load(self.name, self.seconds)
-            self.log.write("info: source %s" % self.name)
+            self.log.note("info", "source " + shown(self.name))
         except (Reply, OSError) as problem:  # OSError: it went away while it was being read
-            self.log.take(["1 error: %s" % getattr(problem, "message", problem)])
+            message = getattr(problem, "message", MESSAGES[2] + str(problem))
+            locked = getattr(problem, "locked", False)
+            self.loaded = None if locked else message[len(MESSAGES[2]):]
+            self.log.note("error", message)
         self.end_generation(b"r")
         self.generation += 1
         self.lifeline = posix.pipe()
@@ -735,102 +747,74 @@ class Supervisor:
             posix.close(self.lifeline[1])
             if self.server.identity:
                 posix.close(self.server.lock)  # it is the parent's, and free when the parent ends
-            source = ServedSource(self.name, self.seconds, self.loaded)
-            self.server.take_over(self.lifeline[0], source, self.seconds, self)
+            signal(SIGALRM, give_up)
+            source, log = ServedSource(self.name, self.seconds, self.loaded), Log(self.log.verbose)
+            log.repeats["error: %s%s" % (MESSAGES[2], source.failure)] = 0  # told by the parent
+            self.server.take_over(self.lifeline[0], source, self.seconds, log)
             self.server.serve_forever()
-        except SystemExit:
+            log.flush(last=True)
             posix._exit(0)
         finally:
             posix._exit(1)
 
-    def report(self, words, reply):
-        """From a worker: note what the log should say."""
-        if reply.number in FOR_THE_OPERATOR or self.log.verbose:
-            whose = ":".join(words) + ": " if reply.number != 2 or self.log.verbose else ""
-            key = reply.number, whose, reply.message
-            self.pending[key] = self.pending.get(key, 0) + 1
-
-    def flush(self):
-        """From a worker: send the log what it has to say, as much as it takes without waiting."""
-        while self.pending:
-            text, sent = b"", []
-            for key in self.pending:
-                level = "error" if key[0] in FOR_THE_OPERATOR[1:] else "debug" if key[0] else "info"
-                line = "%d %s: %s%s" % ((self.pending[key], level) + key[1:])
-                line = printable(line[:2000]).encode("ascii") + b"\n"
-                if len(text) + len(line) > 4096:  # what a pipe takes in one piece
-                    break
-                text += line
-                sent.append(key)
-            try:
-                posix.write(self.lines_end, text)
-            except OSError:
-                return
-            for key in sent:
-                del self.pending[key]
+    def collect(self):
+        """See which workers have ended; while it serves, others take their places."""
+        try:
+            process, status = posix.waitpid(-1, posix.WNOHANG)
+            while process:
+                if self.workers.pop(process, 0) == self.generation and self.server:
+                    self.log.note("error", "worker %d died (status %d); another takes its place" % (
+                        process, status))
+                    self.start_worker()
+                process, status = posix.waitpid(-1, posix.WNOHANG)
+        except ChildProcessError:
+            pass
 
     def attend(self):
-        """One round: the log, dead workers, a text source that has changed and settled."""
-        try:
-            *lines, self.torn = (self.torn + posix.read(self.lines, 1 << 20)).split(b"\n")
-        except BlockingIOError:
-            lines = []
-        self.log.take([line.decode("ascii") for line in lines])
-        for process, status in reaped():
-            if self.workers.pop(process, 0) == self.generation and self.server:
-                self.log.write("error: worker %d died (status %d); another takes its place" % (
-                    process, status))
-                self.start_worker()
+        """One round: dead workers, and a source that is gone, replaced, or changed and settled."""
+        self.collect()
         stamp, now = self.stamp(), time.monotonic()
         if stamp != self.seen:
             self.seen, self.changed = stamp, now
-        elif stamp not in (None, self.read) and now > self.changed + SETTLED:
-            self.read = stamp
-            if self.loaded or not is_sqlite(self.name):  # which the workers open for themselves
-                self.renew()
+        due = stamp != self.read
+        if due and isinstance(stamp, tuple):
+            if self.loaded is None and isinstance(self.read, tuple):
+                due = stamp[:2] != self.read[:2]  # a database tells its readers of changes
+            else:
+                due = now > self.changed + SETTLED
+        if due:
+            self.renew()
+        self.log.flush()
 
     def run(self):
         """Serve until SIGTERM or SIGINT."""
         import signal as signals
-        waited = {SIGTERM, SIGINT, SIGHUP}
         self.renew()
-        self.log.write("info: ready: %d workers on %s, source %s" % (
-            self.count, self.server.server_address, self.name))
+        self.log.note("info", "ready: %d workers on %s, source %s" % (
+            self.count, self.server.server_address, shown(self.name)))
+        self.log.flush()
         notify(b"READY=1")
         while True:
-            caught = signals.sigtimedwait(waited, 0.05)
+            caught = signals.sigtimedwait({SIGTERM, SIGINT, SIGHUP, SIGCHLD}, LOOK)
             if caught and caught.si_signo == SIGHUP:
                 self.renew()
-            elif caught:
+            elif caught and caught.si_signo != SIGCHLD:
                 return
             self.attend()
 
     def stop(self):
         """Answer everybody who has connected, and end the workers within two seconds."""
-        self.log.write("info: stopping")
+        self.log.note("info", "stopping")
         notify(b"STOPPING=1")
         server, self.server, end = self.server, None, time.monotonic() + DRAIN + 0.3
         self.end_generation(b"" if server.identity else b"r")  # systemd keeps its socket and queue
         while self.workers and time.monotonic() < end:
-            self.attend()
+            self.collect()
             time.sleep(0.01)
         for process in self.workers:
             posix.kill(process, 9)
-        self.log.take([], last=True)
-        self.log.write("info: stopped")
-
-
-def reaped():
-    """The (process, status) of every child that has ended."""
-    try:
-        process, status = posix.waitpid(-1, posix.WNOHANG)
-        while process:
-            yield process, status
-            process, status = posix.waitpid(-1, posix.WNOHANG)
-    except ChildProcessError:
-        pass
-
-
+        self.log.note("info", "stopped")
+        self.log.flush(last=True)
 def notify(state):
     """Tell systemd, if it is there ($NOTIFY_SOCKET, a path or an abstract name)."""
     import os
@@ -900,7 +884,7 @@ def serve(options, name):
     import resource
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # silent clients hold a file each
-    pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP))  # until the supervisor asks for them
+    pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP, SIGCHLD))  # until the supervisor asks for them
     load(name, number_of(options, "--timeout", 5))
     server = listen(options.get("--socket", SOCKET), options.get("--mode", "0600"),
                     options.get("--group"))
@@ -929,21 +913,450 @@ def ask_server(path, words, seconds):
     return line
 
 
+# ---------------------------------------------------------------------------- databases on servers
+
+DRIVERS = {"mysql": ("pymysql", "MySQLdb", "mysql.connector"),
+           "postgresql": ("psycopg", "psycopg2")}
+READ_ONLY = {"mysql": "SET SESSION TRANSACTION READ ONLY",
+             "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"}
+INDEXED = {  # the name and the leading column of each index
+    "mysql": """SELECT index_name, column_name FROM information_schema.statistics
+        WHERE table_schema = database() AND table_name = 'agent' AND seq_in_index = 1""",
+    "postgresql": """SELECT indexname, substring(indexdef from '\\((\\w+)') FROM pg_indexes
+        WHERE tablename = 'agent'"""}
+NETWORK_INDEX = {  # MariaDB has no index on an expression
+    "mysql": "ALTER TABLE agent ADD COLUMN network VARCHAR(64) AS (%s) VIRTUAL, "
+             "ADD INDEX agent_network (network, ip);",
+    "postgresql": 'CREATE INDEX agent_network ON agent ((%s), (ip COLLATE "C"));'}
+PAUSE = 5.0               # seconds until a database that has not answered in time is asked again
+
+
+def shown(name):
+    """A source for people to see: of a URL, neither the password nor what the driver gets."""
+    scheme, mark, rest = name.partition("://")
+    account, sign, place = rest.partition("?")[0].rpartition("@")
+    return scheme + mark + account.partition(":")[0] + sign + place if mark else name
+
+
+def password_of(name):
+    """The password in a URL; empty if there is none."""
+    from urllib.parse import parse_qs, unquote
+    place, _, query = name.partition("://")[2].partition("?")
+    password = place.rpartition("@")[0].partition(":")[2]
+    return unquote(password) or parse_qs(query).get("password", [""])[0]
+
+
+class Database(SqlSource):
+    """The table or view `agent` of a MySQL, MariaDB or PostgreSQL server that a URL names.
+
+    It connects when it is first asked, and anew when the connection has broken. When there was no
+    answer in time, it does not ask again for a while: others wait in the queue.
+    """
+
+    from_text, on_disk = False, True
+
+    def __init__(self, url, seconds):
+        self.url, self.scheme = url, url.partition("://")[0]
+        self.deadline, self.pause, self.connection = time.monotonic() + seconds, 0.0, None
+        self.driver = self.find_driver()
+        signal(SIGALRM, give_up)
+
+    def find_driver(self):
+        """The DB-API module, from the system's packages and nowhere else; raises Reply."""
+        from importlib import import_module
+        import site
+        if self.scheme not in DRIVERS:
+            raise Reply(2, shown(self.url) + ": its URL must begin with mysql:// or postgresql://")
+        sys.path += [path for path in site.getsitepackages() if path not in sys.path]
+        for name in DRIVERS[self.scheme]:
+            try:
+                driver = import_module(name)
+            except ImportError:
+                continue
+            if name == "psycopg2":  # an alarm would not get through to it
+                driver.extensions.set_wait_callback(import_module("psycopg2.extras").wait_select)
+            return driver
+        raise Reply(2, "no driver for %s:// is installed: %s would do, from the system's packages; "
+                    "or copy the keys with --import" % (
+                        self.scheme, " or ".join(DRIVERS[self.scheme])))
+
+    def options(self):
+        """What the driver's connect() takes: the parts of the URL, and its parameters as given."""
+        from urllib.parse import parse_qsl, unquote, urlsplit
+        parts, mysql = urlsplit(self.url), self.scheme == "mysql"
+        options = {
+            "host": parts.hostname, "port": parts.port, "user": unquote(parts.username or ""),
+            "password": password_of(self.url), "autocommit": mysql,
+            "database" if mysql else "dbname": unquote(parts.path[1:]),
+            "connect_timeout": max(1, int(self.deadline - time.monotonic()))}
+        if self.driver.__name__ == "mysql.connector":
+            options["use_pure"] = True  # an alarm would not get through to its C
+        elif mysql:
+            options["read_timeout"] = options["write_timeout"] = options["connect_timeout"]
+        options.update(parse_qsl(parts.query.replace("+", "%2B")))
+        return {name: value for name, value in options.items() if value}
+
+    def connect(self):
+        """Open a connection that only reads, and in which each query is a transaction."""
+        self.connection = self.driver.connect(**self.options())
+        if self.scheme == "postgresql":
+            self.connection.autocommit = True
+        cursor = self.connection.cursor()
+        cursor.execute(READ_ONLY[self.scheme])
+        cursor.execute(INDEXED[self.scheme])
+        self.indexes = {text_of(word) for row in cursor.fetchall() for word in row}
+        network, ip = "network", "ip"
+        if self.scheme == "postgresql":
+            network, ip = NETWORK.replace("instr", "strpos"), 'ip COLLATE "C"'
+        indexed = "agent_network" in self.indexes
+        self.networks = rows_by_network(network if indexed else "", ip)
+
+    def execute(self, sql, values):
+        """A cursor with the rows; a kept connection may have broken, so there is a second try."""
+        import re
+        kept, started = self.connection is not None, time.monotonic()
+        try:
+            if not kept:
+                self.connect()
+            whole = sql == ROWS and getattr(self.driver, "cursors", None)  # else it is all in memory
+            cursor = self.connection.cursor(*[whole.SSCursor] if whole else [])
+            sql = sql.replace("@networks", self.networks)
+            if values:
+                sql = re.sub(r"@(\w+)", r"%(\1)s", sql.replace("%", "%%"))
+            cursor.execute(sql, values or None)
+            return cursor
+        except Exception:
+            self.connection = None
+            if kept and time.monotonic() < started + 1:
+                return self.execute(sql, values)
+            raise
+
+    def query(self, sql, values=()):
+        """Iterator of rows; raises Reply. An alarm ends what a driver's own time-out does not."""
+        started = time.monotonic()
+        if started < self.pause:
+            raise Reply(2, "the database has not answered in time, and is asked again soon")
+        setitimer(ITIMER_REAL, max(0.01, self.deadline - started))
+        try:
+            cursor = self.execute(sql, values)
+            if sql == ROWS:
+                setitimer(ITIMER_REAL, 0)
+            yield from cursor
+        except Exception as error:
+            self.connection, now = None, time.monotonic()
+            reason = " ".join(str(error).split())
+            if now > self.deadline - 0.1:
+                reason = "no answer in time (--timeout)"
+            if now > started + 1:
+                self.pause = now + PAUSE
+            password = password_of(self.url)
+            reason = reason.replace(password, "...") if password else reason
+            raise Reply(2, "%s: %s" % (shown(self.url), reason)) from None
+        finally:
+            setitimer(ITIMER_REAL, 0)
+
+    def find(self, option, value):
+        """The rows that may answer a request."""
+        if option == "ip":
+            return list(self.query(ROWS_BY_IP + "@networks", address_values(*value)))
+        room = 8 - len(value)
+        padded = [" " * left + value + " " * right
+                  for left in range(room + 1) for right in range(room + 1 - left)]
+        values = {"id%d" % place: text for place, text in enumerate(padded)}
+        marks = ", ".join(["@" + name for name in values])
+        return list(self.query("%s WHERE id IN (%s)" % (ROWS, marks), values))
+
+
+# ------------------------------------------------------------------------------- keeping the store
+
+NOBODY = "00000000"       # an id that no agent has
+
+
+def network_of(ip):
+    """A valid ip as a text that is the same for all spellings of the same network."""
+    number, width, prefix = parse_network(ip)
+    number = number >> (width - prefix) << (width - prefix)
+    return spelled(number, width) + ("/%d" % prefix if prefix < width else "")
+
+
+def notes_on(row, record, from_text):
+    """What is no error in a sound record, or says more of one: iterator of (level, text)."""
+    stored, name = text_of(row[ID]), record["name"]
+    if isinstance(row[ID], (str, bytes)) and stored.zfill(3) != stored and not stored.strip(DIGITS):
+        yield "note", "id %s lacks its zeros, %03d" % (stored, int(stored or "0"))
+    for field in ("name", "key"):
+        if len(record[field]) == 128:
+            yield "note", field + " has 128 characters, of which the manager reads 127 back"
+    if "/" in record["ip"] and network_of(record["ip"]) != record["ip"]:
+        number, width, prefix = parse_network(record["ip"])
+        if number & (1 << width - prefix) - 1:
+            yield "note", "ip has host bits set; its network is " + network_of(record["ip"])
+    if name and name == posix.uname().nodename:
+        yield "error", "name is %s, this host's own: its manager refuses that" % name
+
+
+class Findings:
+    """What is wrong with a source, told as it is found. strict: errors alone, on stderr; else also
+    notes, on stdout, or kept for one JSON object."""
+
+    def __init__(self, strict, as_json=False):
+        self.strict, self.as_json, self.kept = strict, as_json, []
+        self.errors = self.count = 0
+
+    def tell(self, level, where, text):
+        """A finding. level: `error` for what makes a request fail, or `note`."""
+        self.errors += level == "error"
+        self.count += 1
+        if self.as_json:
+            self.kept.append({"level": level, "where": where, "text": text})
+            return
+        line = "%s: %s%s\n" % (level, where and where + ": ", text)
+        prefix = "agent_key_request: " * self.strict
+        posix.write(2 if self.strict else 1, (prefix + printable(line[:-1]) + "\n").encode("ascii"))
+
+
+def copy(source, store, findings, keep_keys):
+    """Copy all the agents of a source into a new SQLite database, tell what is wrong with them,
+    and give their number. Faulty fields are copied as empty, and keys only if they are kept."""
+    import os
+    terminal, told = os.isatty(2), time.monotonic() + 1
+
+    def judged():
+        nonlocal count, told
+        for number, row in source.rows():
+            record, faults = judge(row, source.from_text)
+            notes = [] if findings.strict else list(notes_on(row, record, source.from_text))
+            for level, text in [("error", fault) for fault in faults] + notes:
+                findings.tell(level, "%s %d" % (source.unit, number),
+                              "%s: %s" % (agent_of(record), text))
+            for fault in faults:
+                record[fault.split()[0]] = ""
+            count += 1
+            if terminal and count % 500 == 0 and time.monotonic() > told:
+                posix.write(2, b"\r%d agents" % count)
+                told = time.monotonic() + 0.2
+            yield number, record["id"], record["name"], record["ip"], record["key"] * keep_keys
+
+    count = 0
+    store.execute("BEGIN")
+    store.execute(TABLE)
+    store.executemany("INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)",
+                      judged())
+    for statement in INDEXES.values() if keep_keys else ():
+        store.execute(statement)
+    tell_twice(source.unit, store, findings)
+    store.execute("COMMIT")
+    if terminal:
+        posix.write(2, b"\r" * (count >= 500))
+    return count
+
+
+def tell_twice(unit, store, findings):
+    """Tell of each id, name and network that an earlier agent has, too."""
+    store.create_function("network_of", 1, network_of)
+    plain = "CASE WHEN ip LIKE '%/%' OR ip LIKE '%:%' THEN network_of(ip) ELSE ip END"
+    for field, value, which in (("id", "id", "id <> ''"), ("name", "name", "name <> ''"),
+                                ("ip", plain, "ip NOT IN ('', 'any')")):
+        store.execute("CREATE TEMP TABLE twice (value PRIMARY KEY, first)")
+        store.execute("INSERT INTO twice SELECT %s, min(rowid) FROM agent WHERE %s "
+                      "GROUP BY 1 HAVING count(*) > 1" % (value, which))
+        if store.execute("SELECT 1 FROM twice").fetchone():
+            for number, agent, first in store.execute(
+                    "SELECT agent.rowid, id, first FROM agent CROSS JOIN twice ON value = %s "
+                    "WHERE agent.rowid > first AND %s ORDER BY 1" % (value, which)):
+                findings.tell("error", "%s %d" % (unit, number), "agent %s: %s is already that of "
+                              "%s %d" % (agent, field, unit, first))
+        store.execute("DROP TABLE twice")
+
+
+def whole(lines):
+    """The lines of standard input: who writes them may have died within the last."""
+    line = "\n"
+    for line in lines:
+        yield line
+    if line[-1:] not in ("\r", "\n"):
+        raise Reply(2, "standard input ends within a line")
+
+
+def claim_import(path):
+    """An empty file to build the new database in, locked until this process ends; raises Trouble or
+    OSError. What an import that was killed left there is cleared away."""
+    import fcntl
+    import os
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino != os.stat(path).st_ino:
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError):
+        raise Trouble("another import builds %s: try again when it has ended" % path) from None
+    os.ftruncate(lock, 0)
+    for name in (path + "-journal", path + "-wal", path + "-shm"):
+        if os.path.lexists(name):
+            os.unlink(name)
+    return lock
+
+
+def put_in_place(lock, beside, path):
+    """Move the new database, which is synced first, over the old one, whose mode and owner it gets.
+    Nothing of the old one's journals may be there then: SQLite would play it into the new one."""
+    import _sqlite3
+    import os
+    old = _sqlite3.connect(":memory:", isolation_level=None)
+    if os.path.exists(path):
+        status = os.stat(path)
+        os.fchown(lock, status.st_uid, status.st_gid)
+        os.fchmod(lock, status.st_mode & 0o777)
+        old = _sqlite3.connect(path, timeout=10, isolation_level=None)
+        if old.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            raise Trouble("%s is being read and written: try again" % path)
+    old.execute("BEGIN IMMEDIATE")  # no writer is at work, and a dead one's journal is rolled back
+    for name in (path + "-wal", path + "-shm"):
+        if os.path.lexists(name):
+            os.unlink(name)
+    os.fsync(lock)
+    os.rename(beside, path)
+    old.close()
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def import_agents(options, name):
+    """Make `--db` hold what `--import` names, all of it or nothing; raises Reply, Trouble or OSError
+    if it is nothing."""
+    import _sqlite3
+    import os
+    origin, path, seconds = options["--import"], os.path.realpath(name), number_of(
+        options, "--timeout", 10)
+    if is_url(name):
+        raise Trouble("--import makes an SQLite file, and --db is a URL")
+    source = open_source(origin, seconds) if origin != "-" else open_text(
+        open(0, "rb", closefd=False), "-", seconds)
+    if os.path.exists(path) and os.path.getsize(path) and not is_sqlite(path):
+        raise Trouble("%s is there and no SQLite database: --import would destroy it" % path)
+    beside, findings = path + ".import", Findings(strict=True)
+    lock = claim_import(beside)
+    try:
+        store = _sqlite3.connect(beside, isolation_level=None)
+        store.execute("PRAGMA journal_mode = OFF")
+        store.execute("PRAGMA synchronous = OFF")
+        source.deadline = time.monotonic() + 3600
+        count = copy(source, store, findings, keep_keys=True)
+        store.close()
+        if findings.errors:
+            raise Trouble("%d faults: nothing was imported, %s is as it was" % (
+                findings.errors, path))
+        put_in_place(lock, beside, path)
+    except _sqlite3.Error as error:
+        raise Trouble("cannot write %s: %s" % (path, error)) from None
+    finally:
+        if os.path.lexists(beside):
+            os.unlink(beside)
+    if os.isatty(2) or "-v" in options:
+        posix.write(2, ("%d agent%s imported into %s\n" % (count, "s" * (count != 1), path)).encode())
+
+
+def missing_indexes(source):
+    """The statements that would make the missing indexes of a database."""
+    cures = dict(INDEXES)
+    if isinstance(source, Database):
+        network = " ".join(NETWORK.split())
+        if source.scheme == "postgresql":
+            network = network.replace("instr", "strpos")
+        cures["agent_network"] = NETWORK_INDEX[source.scheme] % network
+        have = source.indexes | {"agent_" + word for word in source.indexes}
+    else:
+        have = {"agent_network" if source.network else ""}
+        if list(source.query("SELECT 1 FROM sqlite_master WHERE name = 'agent' AND type = 'view'")):
+            return []
+        for column in ("id", "ip"):
+            plan = source.query("EXPLAIN QUERY PLAN SELECT 1 FROM agent WHERE %s = ''" % column)
+            if not any(b"SCAN" in row[3] for row in plan):
+                have.add("agent_" + column)
+    return [cure for index, cure in cures.items() if index not in have]
+
+
+def check_source(name, seconds, findings):
+    """Tell what a person wants to know before trusting a source, and give the number of agents."""
+    import _sqlite3
+    import os
+    if is_url(name) and password_of(name):
+        findings.tell("note", "", "a password stands in the URL, where `ps` may show it: put it "
+                      "into a file (README.md)")
+    elif not is_url(name) and os.path.isfile(name) and os.stat(name).st_mode & 0o004:
+        findings.tell("note", "", "others may read %s, and keys are secrets: chmod o-r it" % name)
+    try:
+        source = open_source(name, seconds)
+        store = _sqlite3.connect("", isolation_level=None)
+        source.deadline = time.monotonic() + 3600
+        count = copy(source, store, findings, keep_keys=False)
+        for cure in missing_indexes(source) if getattr(source, "on_disk", False) else []:
+            findings.tell("note", "", "an index is missing, requests are slow: " + cure)
+        return count
+    except (Reply, OSError) as problem:
+        findings.tell("error", "", getattr(problem, "message", MESSAGES[2] + str(problem)))
+        return 0
+
+
+def check_server(path, seconds, findings):
+    """Ask a server as the manager would; gives its address, its answer, and how long it took."""
+    import json
+    started, answered = time.monotonic(), "nothing that a manager understands"
+    try:
+        reply = json.loads(ask_server(path, ["id", NOBODY], seconds).decode("ascii"))
+        if type(reply["error"]) is int and reply["error"] and type(reply["message"]) is str:
+            answered = "error %d, %s" % (reply["error"], reply["message"])
+        if reply["error"] == 4:
+            answered += ", as it should for an id that nobody has"
+        else:
+            findings.tell("error", "", "the server at %s gives %s" % (path, answered))
+    except Reply as reply:
+        answered = reply.message
+        findings.tell("error", "", answered)
+    except (ValueError, KeyError, TypeError):
+        findings.tell("error", "", "the server at %s gives %s" % (path, answered))
+    took = "%.1f ms" % (1000 * (time.monotonic() - started))
+    return {"socket": path, "answer": answered, "took": took}
+
+
+def check(options, name):
+    """Report on a source, and on the server with `--socket`; returns the exit status."""
+    findings, seconds = Findings(False, "--json" in options), number_of(options, "--timeout", 10)
+    report = {"agents": check_source(name, seconds, findings), "findings": findings.kept}
+    if "--socket" in options:
+        server = report["server"] = check_server(options["--socket"], seconds, findings)
+        text = "server at {socket}: {answer} ({took})\n".format(**server)
+    if findings.as_json:
+        text = to_json(report) + "\n"
+    else:
+        text = (text if "server" in report else "") + "%d agent%s, %d finding%s\n" % (
+            report["agents"], "s" * (report["agents"] != 1),
+            findings.count, "s" * (findings.count != 1))
+    posix.write(1, text.encode("ascii"))
+    return 1 if findings.errors else 0
+
+
 class Trouble(Exception):
-    """What keeps --serve from its work: told on stderr, with exit status 1."""
+    """What keeps a person's command from its work: told on stderr, with exit status 1."""
 
 
-def run_server(arguments):
-    """For people: --serve, with its troubles on stderr; returns the exit status."""
+def run_command(arguments):
+    """--serve, --import or --check, with troubles on stderr; returns the exit status."""
     try:
         options, words = parse_arguments(arguments)
         if words:
-            raise Reply(3, ": --serve takes no request")
-        serve(options, options.get("--db") or source_beside())
+            raise Reply(3, ": no request goes with --serve, --import or --check")
+        name = options.get("--db") or source_beside()
+        if "--check" in options:
+            return check(options, name)
+        (import_agents if "--import" in options else serve)(options, name)
         return 0
-    except (Reply, Trouble, OSError) as problem:
+    except Exception as problem:
+        if not isinstance(problem, (Reply, Trouble, OSError)):
+            problem = unforeseen(problem)
         message = getattr(problem, "message", None) or printable(str(problem))
-        if getattr(problem, "number", 2) != 2:
+        if getattr(problem, "number", 2) in (1, 3):
             message += " (see --help)"
         posix.write(2, ("agent_key_request: error: %s\n" % message).encode("ascii"))
         return 1
@@ -972,17 +1385,20 @@ def version():
 
 # ----------------------------------------------------------------------------------- command line
 
-HELP = """usage: agent_key_request.py [--db SOURCE] [--timeout SECONDS] id AGENT_ID
-       agent_key_request.py [--db SOURCE] [--timeout SECONDS] ip ADDRESS
+HELP = """usage: agent_key_request.py [--db SOURCE] [--timeout SECONDS] id AGENT_ID | ip ADDRESS
        agent_key_request.py [--db SOURCE] --serve [--socket PATH] [--mode 0600] [--group NAME]
                             [--workers N] [--timeout SECONDS] [-v]
        agent_key_request.py --socket PATH id AGENT_ID | ip ADDRESS     (asks a running server)
+       agent_key_request.py [--db agents.db] --import SOURCE [-v]      (- for standard input)
+       agent_key_request.py [--db SOURCE] --check [--socket PATH] [--json]
        agent_key_request.py --version | --help
-SOURCE: SQLite, CSV, client.keys or an SQL script; without --db $AGENT_KEY_DB, else agents.db
-beside the script. --timeout: 10 s for one request, 5 s for each that a server gets.
+SOURCE: SQLite, CSV, client.keys, an SQL script, mysql://user@host/database or postgresql://...;
+without --db $AGENT_KEY_DB, else agents.db beside the script. --timeout: 10 s for one request,
+5 s for each that a server gets.
 """
-FLAGS = ("--help", "--version", "--serve", "-v")
-OPTIONS = ("--db", "--timeout", "--socket", "--mode", "--group", "--workers")
+MODES = ("--serve", "--import", "--check")
+FLAGS = ("--help", "--version", "--serve", "--check", "--json", "-v")
+OPTIONS = ("--db", "--timeout", "--socket", "--mode", "--group", "--workers", "--import")
 
 
 def parse_arguments(arguments):
@@ -1022,7 +1438,7 @@ def source_beside():
 
 def later(name):
     """A function from LATER_ROOM."""
-    exec(compile(LATER_ROOM, __file__, "exec"), globals())  # noqa: F821
+    exec(compile("\n" * LATER_LINE + LATER_ROOM, __file__, "exec"), globals())  # noqa: F821
     return globals()[name]
 
 
@@ -1061,8 +1477,8 @@ def main(arguments):
     pthread_sigmask(SIG_UNBLOCK, (SIGTERM, SIGINT, SIGHUP))
     signal(SIGINT, SIG_DFL)
     try:
-        if "--serve" in arguments:
-            return later("run_server")(arguments)
+        if any([word.partition("=")[0] in MODES for word in arguments]):
+            return later("run_command")(arguments)
         options, words = parse_arguments(arguments)
         if "--help" in options or "--version" in options:
             posix.write(1, (HELP if "--help" in options else later("version")()).encode("ascii"))

@@ -19,22 +19,22 @@ INSERT INTO agent (id, name, ip, agent_key) VALUES
 CREATE INDEX agent_id ON agent (id);
 CREATE INDEX agent_ip ON agent (ip);
 
--- The index for networks: the part from the slash, then the address; ':' stands for an IPv6
--- address in other than its shortest lower-case spelling. To MySQL, the statement for SQLite
--- is a text in a variable that nobody reads: it has no partial indexes.
+-- The index for networks: the part from the slash, then the address; ':' stands for padding, an
+-- IPv6 network, and IPv6 in other than its shortest lower-case spelling. To MySQL, the statement
+-- for SQLite is a text in a variable that nobody reads: it has no partial indexes.
 /*! SET @for_sqlite_only = " */
 CREATE INDEX agent_network ON agent (
-    CASE WHEN instr(ip, '/') THEN trim(substr(ip, instr(ip, '/')))
-    WHEN ip LIKE '%:0%' OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%'
-    OR ip <> lower(ip) THEN ':' END, ip
-) WHERE CASE WHEN instr(ip, '/') THEN trim(substr(ip, instr(ip, '/')))
-    WHEN ip LIKE '%:0%' OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%'
-    OR ip <> lower(ip) THEN ':' END
-    IS NOT NULL;
+    CASE WHEN ip LIKE ' %' OR ip LIKE '% ' OR ip LIKE '%:%/%' OR ip LIKE '%:0%'
+    OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%' OR ip LIKE '%:%' AND ip <> lower(ip)
+    THEN ':' WHEN ip LIKE '%/%' THEN substr(ip, instr(ip, '/')) END, ip
+) WHERE
+    CASE WHEN ip LIKE ' %' OR ip LIKE '% ' OR ip LIKE '%:%/%' OR ip LIKE '%:0%'
+    OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%' OR ip LIKE '%:%' AND ip <> lower(ip)
+    THEN ':' WHEN ip LIKE '%/%' THEN substr(ip, instr(ip, '/')) END IS NOT NULL;
 /*! " */;
 
 /*! ALTER TABLE agent ADD COLUMN network VARCHAR(64) AS (
-    CASE WHEN instr(ip, '/') THEN trim(substr(ip, instr(ip, '/')))
-    WHEN ip LIKE '%:0%' OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%'
-    OR ip <> lower(ip) THEN ':' END
+    CASE WHEN ip LIKE ' %' OR ip LIKE '% ' OR ip LIKE '%:%/%' OR ip LIKE '%:0%'
+    OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%' OR ip LIKE '%:%' AND ip <> lower(ip)
+    THEN ':' WHEN ip LIKE '%/%' THEN substr(ip, instr(ip, '/')) END
 ) VIRTUAL, ADD INDEX agent_network (network, ip) */;
