@@ -49,8 +49,8 @@ RULES = (  # field, least and most characters, which ones, and the same in words
 MANAGER = ("id", "000")
 MISSING = "\0"  # a field that its line does not have: breaks every rule
 
-# What the index agent_network sorts by: the part from the slash; ":" for padding, IPv6 networks, and
-# IPv6 in other than its shortest lower-case spelling; null for the others, which agent_ip finds.
+# What the index agent_network sorts by: the part from the slash; ":" for padding, IPv6 networks
+# and IPv6 in other than its shortest lower-case spelling; null for what the index agent_ip finds.
 NETWORK = """CASE WHEN ip LIKE ' %' OR ip LIKE '% ' OR ip LIKE '%:%/%' OR ip LIKE '%:0%'
     OR ip LIKE '0%:%' OR ip LIKE '%:%.%' OR ip LIKE '::f%' OR ip LIKE '%:%' AND ip <> lower(ip)
     THEN ':' WHEN ip LIKE '%/%' THEN substr(ip, instr(ip, '/')) END"""
@@ -329,6 +329,11 @@ class SqlSource:
             reason = str(error).replace("interrupted", "no answer in time (--timeout)")
             raise Reply(2, reason, locked="locked" in reason) from None
 
+    def close(self):
+        """Let go of the connection."""
+        if self.connection:
+            self.connection.close()
+
     def rows(self):
         """Iterator of (row number, row)."""
         return enumerate(self.query(ROWS), 1)
@@ -497,6 +502,7 @@ INDEXES = {
     "agent_ip": "CREATE INDEX agent_ip ON agent (ip);",
     "agent_network": "CREATE INDEX agent_network ON agent ({0}, ip) WHERE {0} IS NOT NULL;"
     .format(" ".join(NETWORK.split()))}
+NOBODY = "00000000"       # an id that no agent has
 REQUEST_LIMIT = 128       # bytes; the manager's longest is `ip:` and 39
 DRAIN = 1.5               # seconds that who has connected is still waited for when the server stops
 LOOK = 0.2                # seconds between looks at the source's file
@@ -629,7 +635,9 @@ class ServedSource:
         """The source now; raises Reply if there is none."""
         if self.failure:
             raise Reply(2, self.failure)
-        if self.source is None or self.source.frozen:
+        if self.source and self.source.frozen:
+            self.source = self.source.close()
+        if self.source is None:
             self.source = open_source(self.name, 0)
         self.source.deadline = time.monotonic() + self.seconds
         return self.source
@@ -638,8 +646,10 @@ class ServedSource:
 def load(name, seconds):
     """For the parent: a text source in memory, with indexes, or None for a database."""
     source = open_source(name, seconds)
+    if source.on_disk:
+        return source.close()
     if isinstance(source, SqlSource):
-        return None if source.on_disk else source
+        return source
     import _sqlite3
     connection = _sqlite3.connect(":memory:", isolation_level=None)
     connection.executescript("BEGIN;" + TABLE + "".join(INDEXES.values()))
@@ -660,11 +670,10 @@ class Log:
         if reply.number in FOR_THE_OPERATOR or self.verbose:
             level = "error" if reply.number in FOR_THE_OPERATOR[1:] else "info"
             whose = "" if reply.number == 2 and not self.verbose else ":".join(words) + ": "
-            self.note(level if reply.number != 4 else "debug", whose + reply.message)
+            self.count("%s: %s%s" % (level if reply.number != 4 else "debug", whose, reply.message))
 
-    def note(self, level, text):
-        """Note a line for the next flush, or count it."""
-        line = level + ": " + text
+    def count(self, line):
+        """Write a line at the next flush, unless it is a repeat."""
         repeats = self.repeats.get(line, -1) + 1
         self.repeats[line] = repeats
         if not repeats or self.verbose:
@@ -682,8 +691,8 @@ class Log:
         import select
         writable = select.poll()
         writable.register(2, select.POLLOUT)
-        text = "".join(["agent_key_request: %s\n" % printable(line[:2000]) for line in self.waiting])
-        self.waiting = []
+        lines, self.waiting = self.waiting, []
+        text = "".join(["agent_key_request: %s\n" % printable(line[:2000]) for line in lines])
         while text and writable.poll(0):
             end = text.rfind("\n", 0, 4096) + 1  # what a pipe takes in one piece
             posix.write(2, text[:end].encode("ascii"))
@@ -718,12 +727,12 @@ class Supervisor:
         self.changed = time.monotonic()
         try:
             self.loaded = load(self.name, self.seconds)
-            self.log.note("info", "source " + shown(self.name))
+            self.log.waiting.append("info: source " + shown(self.name))
         except (Reply, OSError) as problem:  # OSError: it went away while it was being read
             message = getattr(problem, "message", MESSAGES[2] + str(problem))
             locked = getattr(problem, "locked", False)
             self.loaded = None if locked else message[len(MESSAGES[2]):]
-            self.log.note("error", message)
+            self.log.count("error: " + message)
         self.end_generation(b"r")
         self.generation += 1
         self.lifeline = posix.pipe()
@@ -750,6 +759,7 @@ class Supervisor:
             signal(SIGALRM, give_up)
             source, log = ServedSource(self.name, self.seconds, self.loaded), Log(self.log.verbose)
             log.repeats["error: %s%s" % (MESSAGES[2], source.failure)] = 0  # told by the parent
+            answer(["id", NOBODY], source.find)  # opens it
             self.server.take_over(self.lifeline[0], source, self.seconds, log)
             self.server.serve_forever()
             log.flush(last=True)
@@ -763,8 +773,8 @@ class Supervisor:
             process, status = posix.waitpid(-1, posix.WNOHANG)
             while process:
                 if self.workers.pop(process, 0) == self.generation and self.server:
-                    self.log.note("error", "worker %d died (status %d); another takes its place" % (
-                        process, status))
+                    self.log.waiting.append("error: worker %d died (status %d), another takes its "
+                                            "place" % (process, status))
                     self.start_worker()
                 process, status = posix.waitpid(-1, posix.WNOHANG)
         except ChildProcessError:
@@ -790,7 +800,7 @@ class Supervisor:
         """Serve until SIGTERM or SIGINT."""
         import signal as signals
         self.renew()
-        self.log.note("info", "ready: %d workers on %s, source %s" % (
+        self.log.waiting.append("info: ready: %d workers on %s, source %s" % (
             self.count, self.server.server_address, shown(self.name)))
         self.log.flush()
         notify(b"READY=1")
@@ -804,7 +814,7 @@ class Supervisor:
 
     def stop(self):
         """Answer everybody who has connected, and end the workers within two seconds."""
-        self.log.note("info", "stopping")
+        self.log.waiting.append("info: stopping")
         notify(b"STOPPING=1")
         server, self.server, end = self.server, None, time.monotonic() + DRAIN + 0.3
         self.end_generation(b"" if server.identity else b"r")  # systemd keeps its socket and queue
@@ -813,7 +823,7 @@ class Supervisor:
             time.sleep(0.01)
         for process in self.workers:
             posix.kill(process, 9)
-        self.log.note("info", "stopped")
+        self.log.waiting.append("info: stopped")
         self.log.flush(last=True)
 def notify(state):
     """Tell systemd, if it is there ($NOTIFY_SOCKET, a path or an abstract name)."""
@@ -884,7 +894,7 @@ def serve(options, name):
     import resource
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # silent clients hold a file each
-    pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP, SIGCHLD))  # until the supervisor asks for them
+    pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP, SIGCHLD))  # the supervisor asks for them
     load(name, number_of(options, "--timeout", 5))
     server = listen(options.get("--socket", SOCKET), options.get("--mode", "0600"),
                     options.get("--group"))
@@ -958,6 +968,11 @@ class Database(SqlSource):
     def __init__(self, url, seconds):
         self.url, self.scheme = url, url.partition("://")[0]
         self.deadline, self.pause, self.connection = time.monotonic() + seconds, 0.0, None
+        if password_of(url) and url in "".join(sys.argv):
+            import os
+            os.environ["AGENT_KEY_URL"] = url  # which `ps` does not show to others
+            words = [word.replace(url, "://") for word in sys.argv]
+            os.execv(sys.executable, [sys.executable, "-IS"] + words)
         self.driver = self.find_driver()
         signal(SIGALRM, give_up)
 
@@ -1018,8 +1033,8 @@ class Database(SqlSource):
         try:
             if not kept:
                 self.connect()
-            whole = sql == ROWS and getattr(self.driver, "cursors", None)  # else it is all in memory
-            cursor = self.connection.cursor(*[whole.SSCursor] if whole else [])
+            kinds = sql == ROWS and getattr(self.driver, "cursors", None)
+            cursor = self.connection.cursor(*[kinds.SSCursor] if kinds else [])  # not all at once
             sql = sql.replace("@networks", self.networks)
             if values:
                 sql = re.sub(r"@(\w+)", r"%(\1)s", sql.replace("%", "%%"))
@@ -1069,7 +1084,9 @@ class Database(SqlSource):
 
 # ------------------------------------------------------------------------------- keeping the store
 
-NOBODY = "00000000"       # an id that no agent has
+def counted(number, what):
+    """`1 agent`, `2 agents`."""
+    return "%d %s%s" % (number, what, "s" * (number != 1))
 
 
 def network_of(ip):
@@ -1223,8 +1240,7 @@ def put_in_place(lock, beside, path):
 
 
 def import_agents(options, name):
-    """Make `--db` hold what `--import` names, all of it or nothing; raises Reply, Trouble or OSError
-    if it is nothing."""
+    """Make `--db` hold what `--import` names; raises Reply, Trouble or OSError if it does not."""
     import _sqlite3
     import os
     origin, path, seconds = options["--import"], os.path.realpath(name), number_of(
@@ -1254,7 +1270,8 @@ def import_agents(options, name):
         if os.path.lexists(beside):
             os.unlink(beside)
     if os.isatty(2) or "-v" in options:
-        posix.write(2, ("%d agent%s imported into %s\n" % (count, "s" * (count != 1), path)).encode())
+        text = "%s imported into %s\n" % (counted(count, "agent"), path)
+        posix.write(2, printable(text[:-1]).encode("ascii") + b"\n")
 
 
 def missing_indexes(source):
@@ -1330,9 +1347,8 @@ def check(options, name):
     if findings.as_json:
         text = to_json(report) + "\n"
     else:
-        text = (text if "server" in report else "") + "%d agent%s, %d finding%s\n" % (
-            report["agents"], "s" * (report["agents"] != 1),
-            findings.count, "s" * (findings.count != 1))
+        text = (text if "server" in report else "") + "%s, %s\n" % (
+            counted(report["agents"], "agent"), counted(findings.count, "finding"))
     posix.write(1, text.encode("ascii"))
     return 1 if findings.errors else 0
 
@@ -1414,6 +1430,8 @@ def parse_arguments(arguments):
             value = words.pop(0) if words else ""
         if not value:
             raise Reply(1)
+        if value == "://":  # Database() has hidden it
+            value = posix.environ[b"AGENT_KEY_URL"].decode()
         options[name] = value
     return options, words
 
