@@ -235,6 +235,97 @@ def closest(rows, number, width):
 # -------------------------------------------------------------------------------------- sources
 
 
+class SqlSource:
+    """The table or view `agent` of an SQLite connection; from_text: it was loaded from a text file;
+    deadline: when a query is given up, in time.monotonic()."""
+
+    on_disk, frozen, unit = False, False, "row"
+
+    def __init__(self, connection, deadline, from_text=False):
+        self.connection, self.deadline, self.from_text = connection, deadline, from_text
+        connection.text_factory = bytes  # text that is not UTF-8 must not stop a query
+        connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
+        list(self.query(ROWS + " LIMIT 0"))
+        self.network = NETWORK if list(self.query("PRAGMA index_info(agent_network)")) else ""
+
+    def query(self, sql, values=()):
+        """Iterator of rows; raises Reply."""
+        try:
+            yield from self.connection.execute(sql, values)
+        except Exception as error:
+            reason = str(error).replace("interrupted", "no answer in time (--timeout)")
+            raise Reply(2, reason, locked="locked" in reason) from None
+
+    def close(self):
+        """Let go of the connection."""
+        if self.connection:
+            self.connection.close()
+
+    def rows(self):
+        """Iterator of (row number, row)."""
+        return enumerate(self.query(ROWS), 1)
+
+    def find(self, option, value):
+        """The rows that may answer a request."""
+        if option == "id":
+            values = {"id": value, "number": int(value), "padding": " " * 128}
+            return list(self.query(ROWS_BY_ID, values))
+        sql = ROWS_BY_IP + BLOBS + rows_by_network(self.network, "ip")
+        return list(self.query(sql, address_values(*value)))
+
+
+def check_file(path):
+    """The status of a file that may serve as a key source; raises Reply if it may not."""
+    try:
+        status = posix.stat(path)
+        if not posix.access(path, posix.R_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise Reply(2, "%s: %s" % (path, error.strerror)) from None
+    if status.st_mode & 0o170000 != 0o100000:
+        raise Reply(2, "%s: not a regular file" % path)
+    if status.st_mode & 0o002:
+        raise Reply(2, "%s is writable by everybody: chmod o-w it" % path)
+    return status
+
+
+def is_sqlite(name, mode=b""):
+    """Whether the file is an SQLite database, and in that mode (b"\\2": WAL)."""
+    with open(name, "rb", 0) as file:
+        head = file.read(19)
+    return head[:16] == b"SQLite format 3\0" and head[18:].startswith(mode)
+
+
+def is_url(name):
+    """Whether a source is a database on a server, not a file."""
+    return "://" in name and name[0] not in "/."
+
+
+def open_source(name, seconds):
+    """The source that `--db` names, for queries of up to `seconds`; raises Reply."""
+    if is_url(name):
+        return later(LATER_ROOM, "Database")(name, seconds)
+    check_file(name)
+    if not is_sqlite(name):
+        return later(TEXT_ROOM, "open_text")(open(name, "rb"), name, seconds)
+    import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
+    path = ("./" * (name[0] != "/") + name).encode(sys.getfilesystemencoding(), "surrogateescape")
+    uri = "file:%s?mode=ro" % "".join(["%%%02X" % byte for byte in path])
+    # A WAL database wants files beside it, though it only reads; not if nobody is at work on it.
+    idle = is_sqlite(name, b"\2") and not posix.access(path + b"-wal", posix.F_OK)
+    frozen = idle and not posix.access(path.rpartition(b"/")[0] + b"/", posix.W_OK)
+    connection = _sqlite3.connect(uri + "&immutable=1" * frozen, uri=True, timeout=seconds,
+                                  isolation_level=None)
+    source = SqlSource(connection, time.monotonic() + seconds)
+    source.on_disk, source.frozen = True, frozen
+    return source
+
+
+
+# Every one-shot request would compile the whole file, so what most of them do not need is a text
+# until it is needed. `make lint` and the tests read it without its marks, as the code it is.
+
+TEXT_ROOM = sys._getframe().f_lineno, r'''
 class TextSource:
     """Agents in a text file. parse: gives the (line number, row) of the lines, to be read once."""
 
@@ -308,92 +399,6 @@ def unescaped(field):
     return "\\".join(parts)
 
 
-class SqlSource:
-    """The table or view `agent` of an SQLite connection; from_text: it was loaded from a text file;
-    deadline: when a query is given up, in time.monotonic()."""
-
-    on_disk, frozen, unit = False, False, "row"
-
-    def __init__(self, connection, deadline, from_text=False):
-        self.connection, self.deadline, self.from_text = connection, deadline, from_text
-        connection.text_factory = bytes  # text that is not UTF-8 must not stop a query
-        connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
-        list(self.query(ROWS + " LIMIT 0"))
-        self.network = NETWORK if list(self.query("PRAGMA index_info(agent_network)")) else ""
-
-    def query(self, sql, values=()):
-        """Iterator of rows; raises Reply."""
-        try:
-            yield from self.connection.execute(sql, values)
-        except Exception as error:
-            reason = str(error).replace("interrupted", "no answer in time (--timeout)")
-            raise Reply(2, reason, locked="locked" in reason) from None
-
-    def close(self):
-        """Let go of the connection."""
-        if self.connection:
-            self.connection.close()
-
-    def rows(self):
-        """Iterator of (row number, row)."""
-        return enumerate(self.query(ROWS), 1)
-
-    def find(self, option, value):
-        """The rows that may answer a request."""
-        if option == "id":
-            values = {"id": value, "number": int(value), "padding": " " * 128}
-            return list(self.query(ROWS_BY_ID, values))
-        sql = ROWS_BY_IP + BLOBS + rows_by_network(self.network, "ip")
-        return list(self.query(sql, address_values(*value)))
-
-
-def check_file(path):
-    """The status of a file that may serve as a key source; raises Reply if it may not."""
-    try:
-        status = posix.stat(path)
-        if not posix.access(path, posix.R_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise Reply(2, "%s: %s" % (path, error.strerror)) from None
-    if status.st_mode & 0o170000 != 0o100000:
-        raise Reply(2, "%s: not a regular file" % path)
-    if status.st_mode & 0o002:
-        raise Reply(2, "%s is writable by everybody: chmod o-w it" % path)
-    return status
-
-
-def is_sqlite(name, mode=b""):
-    """Whether the file is an SQLite database, and in that mode (b"\\2": WAL)."""
-    with open(name, "rb", 0) as file:
-        head = file.read(19)
-    return head[:16] == b"SQLite format 3\0" and head[18:].startswith(mode)
-
-
-def is_url(name):
-    """Whether a source is a database on a server, not a file."""
-    return "://" in name and name[0] not in "/."
-
-
-def open_source(name, seconds):
-    """The source that `--db` names, for queries of up to `seconds`; raises Reply."""
-    if is_url(name):
-        return later("Database")(name, seconds)
-    check_file(name)
-    if not is_sqlite(name):
-        return open_text(open(name, "rb"), name, seconds)
-    import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
-    path = ("./" * (name[0] != "/") + name).encode(sys.getfilesystemencoding(), "surrogateescape")
-    uri = "file:%s?mode=ro" % "".join(["%%%02X" % byte for byte in path])
-    # A WAL database wants files beside it, though it only reads; not if nobody is at work on it.
-    idle = is_sqlite(name, b"\2") and not posix.access(path + b"-wal", posix.F_OK)
-    frozen = idle and not posix.access(path.rpartition(b"/")[0] + b"/", posix.W_OK)
-    connection = _sqlite3.connect(uri + "&immutable=1" * frozen, uri=True, timeout=seconds,
-                                  isolation_level=None)
-    source = SqlSource(connection, time.monotonic() + seconds)
-    source.on_disk, source.frozen = True, frozen
-    return source
-
-
 def open_text(stream, name, seconds):
     """The source in a text file, told by its first line that is neither blank nor a comment."""
     from io import TextIOWrapper
@@ -409,7 +414,7 @@ def open_text(stream, name, seconds):
     is_csv = "id" in columns and len(columns) > 1
     lines = chain(head, TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n"))
     if name == "-":
-        lines = later("whole")(lines)
+        lines = later(LATER_ROOM, "whole")(lines)
     if is_csv:
         key = "key" if "key" in columns else "agent_key"
         if not {"name", "ip", key} < set(columns):
@@ -420,9 +425,25 @@ def open_text(stream, name, seconds):
     if like_keys and not word.strip(DIGITS) or not first and "".join(head).strip():
         return ClientKeys(lines, client_keys)
     if name.endswith(".sql") or word.upper() in ("CREATE", "INSERT", "BEGIN", "DROP", "--"):
-        return later("open_script")("".join(lines), name, seconds)
+        return open_script("".join(lines), name, seconds)
     raise Reply(2, "%s is %s" % (name, "no SQLite database, CSV with a header (id, name, ip, key), "
                                  "client.keys or SQL script" if first else "empty"))
+
+
+def open_script(script, name, seconds):
+    """The source in an SQL script, loaded into memory."""
+    import _sqlite3
+    connection = _sqlite3.connect(":memory:", isolation_level=None)
+    deadline = time.monotonic() + seconds
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100000)
+    connection.set_authorizer(lambda action, *_: action == _sqlite3.SQLITE_ATTACH)  # 1 refuses it
+    try:
+        connection.executescript(script)
+    except Exception as error:
+        raise Reply(2, "%s: %s" % (name, error)) from None
+    return SqlSource(connection, deadline)
+'''  # end of TEXT_ROOM
+
 # -------------------------------------------------------------------------------------- the answer
 
 
@@ -487,12 +508,8 @@ def unforeseen(error):
 
 
 # ------------------------------------------------------------------------------------- the server
-# Plain code but for this: it is a text until --serve, --socket, --version or an SQL script need it,
-# because every one-shot request would else compile it, and cost a quarter more. `make lint` and the
-# tests read it without its two marks.
 
-LATER_LINE = sys._getframe().f_lineno + 1
-LATER_ROOM = r'''
+LATER_ROOM = sys._getframe().f_lineno, r'''
 from _signal import SIG_BLOCK, SIGCHLD
 SOCKET = "/var/ossec/queue/sockets/agent_key_request"
 TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL,
@@ -1247,8 +1264,8 @@ def import_agents(options, name):
         options, "--timeout", 10)
     if is_url(name):
         raise Trouble("--import makes an SQLite file, and --db is a URL")
-    source = open_source(origin, seconds) if origin != "-" else open_text(
-        open(0, "rb", closefd=False), "-", seconds)
+    source = open_source(origin, seconds) if origin != "-" else later(
+        TEXT_ROOM, "open_text")(open(0, "rb", closefd=False), "-", seconds)
     if os.path.exists(path) and os.path.getsize(path) and not is_sqlite(path):
         raise Trouble("%s is there and no SQLite database: --import would destroy it" % path)
     beside, findings = path + ".import", Findings(strict=True)
@@ -1378,20 +1395,6 @@ def run_command(arguments):
         return 1
 
 
-def open_script(script, name, seconds):
-    """The source in an SQL script, loaded into memory."""
-    import _sqlite3
-    connection = _sqlite3.connect(":memory:", isolation_level=None)
-    deadline = time.monotonic() + seconds
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, 100000)
-    connection.set_authorizer(lambda action, *_: action == _sqlite3.SQLITE_ATTACH)  # 1 refuses it
-    try:
-        connection.executescript(script)
-    except Exception as error:
-        raise Reply(2, "%s: %s" % (name, error)) from None
-    return SqlSource(connection, deadline)
-
-
 def version():
     """The version, and the SHA-256 that tells which file this is."""
     from hashlib import sha256
@@ -1454,9 +1457,10 @@ def source_beside():
     return os.environ.get("AGENT_KEY_DB") or beside
 
 
-def later(name):
-    """A function from LATER_ROOM."""
-    exec(compile("\n" * LATER_LINE + LATER_ROOM, __file__, "exec"), globals())  # noqa: F821
+def later(room, name):
+    """What is so named in a room that is a text; room: (the line where it begins, its text)."""
+    if name not in globals():
+        exec(compile("\n" * (room[0] - 1) + room[1], __file__, "exec"), globals())
     return globals()[name]
 
 
@@ -1469,7 +1473,7 @@ def answer_once(options, words):
     """The executable method: answers on standard output, then tells syslog."""
     seconds = number_of(options, "--timeout", 10)  # the manager's own patience is 60 s
     if "--socket" in options:
-        posix.write(1, later("ask_server")(options["--socket"], words, seconds))
+        posix.write(1, later(LATER_ROOM, "ask_server")(options["--socket"], words, seconds))
         return
     name = options.get("--db") or source_beside()
     signal(SIGALRM, give_up)
@@ -1496,10 +1500,11 @@ def main(arguments):
     signal(SIGINT, SIG_DFL)
     try:
         if any([word.partition("=")[0] in MODES for word in arguments]):
-            return later("run_command")(arguments)
+            return later(LATER_ROOM, "run_command")(arguments)
         options, words = parse_arguments(arguments)
         if "--help" in options or "--version" in options:
-            posix.write(1, (HELP if "--help" in options else later("version")()).encode("ascii"))
+            text = HELP if "--help" in options else later(LATER_ROOM, "version")()
+            posix.write(1, text.encode("ascii"))
         else:
             answer_once(options, words)
     except Reply as reply:
