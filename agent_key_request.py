@@ -1052,10 +1052,10 @@ class Database(SqlSource):
                 self.connect()
             kinds = sql == ROWS and getattr(self.driver, "cursors", None)
             cursor = self.connection.cursor(*[kinds.SSCursor] if kinds else [])  # not all at once
-            sql = sql.replace("@networks", self.networks)
+            text = sql.replace("@networks", self.networks)
             if values:
-                sql = re.sub(r"@(\w+)", r"%(\1)s", sql.replace("%", "%%"))
-            cursor.execute(sql, values or None)
+                text = re.sub(r"@(\w+)", r"%(\1)s", text.replace("%", "%%"))
+            cursor.execute(text, values or None)
             return cursor
         except Exception:
             self.connection = None

@@ -3,8 +3,9 @@
     bench.py [--python PATH] [--section NAME ...] [--rounds N] [--seconds S]
 
 Sections: `served` (answers per second over the socket, beside a C loop and a ThreadingMixIn
-server) and `oneshot` (instructions of one start of the program). A section that needs a tool
-which is not here says so and is left out; the exit status stays 0.
+server), `oneshot` (instructions of one start of the program) and `mariadb` (both of them against
+a MariaDB beside SQLite). A section that needs a tool which is not here says so and is left out;
+the exit status stays 0.
 """
 
 import argparse
@@ -353,9 +354,95 @@ def oneshot(bench: Bench) -> None:
     print_counted(f"One-shot: instructions, {version.strip()}, callgrind", rows)
 
 
+# --- mariadb ---------------------------------------------------------------------------------
+
+SOURCES = ("SQLite", "MariaDB")
+
+
+def line_of_both(name: str, figures: Sequence[float], form: str = ",.0f") -> list[str]:
+    """A row of the table: the figures of SQLite and MariaDB, and the second by the first."""
+    sqlite, mariadb = figures
+    return [name, format(sqlite, form), format(mariadb, form), f"{mariadb / (sqlite or 1):.2f}"]
+
+
+def oneshot_of_both(bench: Bench, sources: Sequence[str]) -> list[list[str]]:
+    """Instructions of the asking process; what the database's server does is not in them."""
+    if shutil.which("valgrind") is None:
+        note("mariadb: no valgrind here: the one-shot requests are left out")
+        return []
+    script = [bench.python, "-IS", str(SCRIPT), "--timeout", "60"]  # valgrind is slow
+    asked = {"id": "id 50000", "ip, exact": "ip 10.0.200.1", "ip, by network": "ip 172.30.7.9"}
+    lines = []
+    for name, request in asked.items():
+        commands = [[*script, "--db", source, *request.split()] for source in sources]
+        answers = [subprocess.check_output(command, text=True) for command in commands]
+        if answers[0] != answers[1] or not answers[0].startswith('{"error": 0'):
+            raise SystemExit(f"bench: no key, or not the same: {request}\n" + "".join(answers))
+        counts = [instructions(command) / 1e6 for command in commands]
+        lines.append(line_of_both(f"one-shot {name}, M instr.", counts, ",.1f"))
+    return lines
+
+
+def served_of_both(bench: Bench, sources: Sequence[str], count: int) -> list[list[str]]:
+    """Answers a second for stored agents, and how many requests did not get their key."""
+    programs = compile_programs(bench.folder)
+    if programs is None:
+        note("mariadb: no C compiler here (cc, gcc or $CC): the served requests are left out")
+        return []
+    rows = [hits_and_misses(name, bench.folder / (name + ".s"), count)[0] for name in SOURCES]
+    with contextlib.ExitStack() as stack:
+        for row, source in zip(rows, sources):
+            command = serve_command(bench, source, row.socket)
+            stack.enter_context(running(command, bench.folder / (row.name + ".log")))
+        samples = measure_served(bench, programs["client"], rows)
+    rounds = samples.values()
+    rate = [statistics.median(r["rate"] for r in one) for one in rounds]
+    ratio = median_ratio(samples, "MariaDB hits", "SQLite hits")
+    p99 = [statistics.median(r["p99_us"] for r in one) / 1000 for one in rounds]
+    signs = {"answers": 1, "failures": 1, "found": -1, "wrong": 1}  # a wrong one is found as well
+    vain = [sum(signs[k] * r[k] for r in one for k in signs) for one in rounds]
+    return [
+        line_of_both("--serve, hits, answers/s", rate)[:-1] + [f"{ratio:.2f}"],
+        line_of_both("--serve, hits, p99 ms", p99, ".2f"),
+        ["--serve, hits, without a key", *(f"{number:.0f}" for number in vain), ""],
+    ]
+
+
+def mariadb(bench: Bench) -> None:
+    """The same agents in SQLite and in a MariaDB on its unix socket, as sample.db.sql has them."""
+    sys.path.insert(0, str(HERE.parent))
+    import database_servers as servers  # the ones that the tests start
+
+    driver = next((n for n in servers.DRIVERS["mysql"] if servers.has_driver(bench.python, n)), "")
+    if not driver:
+        wanted = ", ".join(servers.DRIVERS["mysql"])
+        note(f"mariadb: {bench.python} has no driver ({wanted}): this section is left out")
+        return
+    server, reason = servers.start_mariadb()
+    if server is None:
+        note(f"mariadb: {reason}: this section is left out")
+        return
+    count = 100_000
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.remove)
+        note(f"mariadb: loading {count:,} agents")
+        server.sql(SAMPLE.read_text() + "DELETE FROM agent;")
+        server.insert(list(agents(count, NETWORKS)))
+        server.grant()
+        server.analyze()
+        store = make_database(bench.folder / "beside.db", agents(count, NETWORKS))
+        sources = (str(store), server.url())
+        lines = oneshot_of_both(bench, sources) + served_of_both(bench, sources, count)
+    if lines:
+        title = f"MariaDB through {driver} beside SQLite: {count:,} agents, {NETWORKS:,} networks"
+        print_table(title, ["", *SOURCES, "ratio"], lines)
+
+
 # --- command line ----------------------------------------------------------------------------
 
-SECTIONS: dict[str, Callable[[Bench], None]] = {"served": served, "oneshot": oneshot}
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "served": served, "oneshot": oneshot, "mariadb": mariadb,
+}
 
 
 def debian_python() -> str:
