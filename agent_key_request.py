@@ -246,7 +246,8 @@ class SqlSource:
         connection.text_factory = bytes  # text that is not UTF-8 must not stop a query
         connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
         list(self.query(ROWS + " LIMIT 0"))
-        self.network = NETWORK if list(self.query("PRAGMA index_info(agent_network)")) else ""
+        self.indexed = bool(list(self.query("PRAGMA index_info(agent_network)")))
+        self.networks = rows_by_network(NETWORK if self.indexed else "", "ip")
 
     def query(self, sql, values=()):
         """Iterator of rows; raises Reply."""
@@ -270,8 +271,7 @@ class SqlSource:
         if option == "id":
             values = {"id": value, "number": int(value), "padding": " " * 128}
             return list(self.query(ROWS_BY_ID, values))
-        sql = ROWS_BY_IP + BLOBS + rows_by_network(self.network, "ip")
-        return list(self.query(sql, address_values(*value)))
+        return list(self.query(ROWS_BY_IP + BLOBS + self.networks, address_values(*value)))
 
 
 def check_file(path):
@@ -319,7 +319,6 @@ def open_source(name, seconds):
     source = SqlSource(connection, time.monotonic() + seconds)
     source.on_disk, source.frozen = True, frozen
     return source
-
 
 
 # Every one-shot request would compile the whole file, so what most of them do not need is a text
@@ -510,7 +509,23 @@ def unforeseen(error):
 # ------------------------------------------------------------------------------------- the server
 
 LATER_ROOM = sys._getframe().f_lineno, r'''
+import fcntl
+import grp
+import itertools
+import json
+import os
+import re
+import resource
+import select
+import signal as signals
+import site
+import socket
+import socketserver
+import _sqlite3
 from _signal import SIG_BLOCK, SIGCHLD
+from importlib import import_module
+from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
+
 SOCKET = "/var/ossec/queue/sockets/agent_key_request"
 TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL,
     ip VARCHAR(64), agent_key VARCHAR(128) NOT NULL);"""
@@ -536,17 +551,14 @@ class Client:
         self.received, self.asked, self.watched = b"", False, False
 
 
-class PatientMixIn:
-    """For socketserver.UnixStreamServer: many connections in one loop, and none waits for another.
-    Who has said something when he is accepted is answered at once; an epoll waits for the others.
-    """
+class PatientServer(socketserver.UnixStreamServer):
+    """Many connections in one loop, and none waits for another: who has said something when he is
+    accepted is answered at once, and an epoll waits for the others."""
 
     request_queue_size = 65535  # the kernel cuts it to net.core.somaxconn; connect never times out
 
     def take_over(self, lifeline, source, seconds, log):
         """Prepare for serve_forever in a worker; lifeline: a pipe that ends with the parent."""
-        import resource
-        import select
         self.lifeline, self.source, self.seconds, self.log = lifeline, source, seconds, log
         self.clients, self.ending, self.epoll = {}, None, select.epoll()
         self.next_round, self.most = 0.0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 40
@@ -667,7 +679,6 @@ def load(name, seconds):
         return source.close()
     if isinstance(source, SqlSource):
         return source
-    import _sqlite3
     connection = _sqlite3.connect(":memory:", isolation_level=None)
     connection.executescript("BEGIN;" + TABLE + "".join(INDEXES.values()))
     rows = ((id_of(row[ID], True),) + tuple(row[1:4]) for _, row in source.rows())
@@ -705,7 +716,6 @@ class Log:
             self.since, self.repeats = time.monotonic(), {}
         if not self.waiting:
             return
-        import select
         writable = select.poll()
         writable.register(2, select.POLLOUT)
         lines, self.waiting = self.waiting, []
@@ -724,7 +734,6 @@ class Supervisor:
     """
 
     def __init__(self, server, name, options):
-        import os
         self.server, self.name, self.log = server, name, Log("-v" in options)
         self.seconds = number_of(options, "--timeout", 5)
         self.count = int(number_of(options, "--workers", os.cpu_count() or 1)) or 1
@@ -815,7 +824,6 @@ class Supervisor:
 
     def run(self):
         """Serve until SIGTERM or SIGINT."""
-        import signal as signals
         self.renew()
         self.log.waiting.append("info: ready: %d workers on %s, source %s" % (
             self.count, self.server.server_address, shown(self.name)))
@@ -844,8 +852,6 @@ class Supervisor:
         self.log.flush(last=True)
 def notify(state):
     """Tell systemd, if it is there ($NOTIFY_SOCKET, a path or an abstract name)."""
-    import os
-    import socket
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
@@ -857,9 +863,6 @@ def notify(state):
 
 def claim(path):
     """Lock a socket's path and clear a stale socket away; raises OSError if somebody is there."""
-    import fcntl
-    import os
-    import socket
     lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
@@ -879,13 +882,8 @@ def claim(path):
 def listen(path, mode, group):
     """A listening socketserver: on the socket that systemd passes, or a new one with that mode
     and group; raises Reply."""
-    import grp
-    import os
-    import socket
-    import socketserver
-    kind = type("Server", (PatientMixIn, socketserver.UnixStreamServer), {})
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
-        server = kind(path, None, bind_and_activate=False)
+        server = PatientServer(path, None, bind_and_activate=False)
         server.socket.close()
         server.socket = socket.socket(socket.AF_UNIX, fileno=3)
         server.server_address, server.identity = server.socket.getsockname(), None
@@ -894,7 +892,7 @@ def listen(path, mode, group):
         lock, mask, own = claim(path), os.umask(0o777 & ~int(mode, 8)), os.getegid()
         try:
             os.setegid(grp.getgrnam(group).gr_gid if group else own)
-            server = kind(path, None)  # born with its mode and group: no chmod, no race
+            server = PatientServer(path, None)  # born with its mode and group: no chmod, no race
         finally:
             os.setegid(own)
             os.umask(mask)
@@ -907,8 +905,6 @@ def listen(path, mode, group):
 
 def serve(options, name):
     """Run the server to its end; raises Reply or Trouble if it cannot start."""
-    import os
-    import resource
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # silent clients hold a file each
     pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP, SIGCHLD))  # the supervisor asks for them
@@ -925,7 +921,6 @@ def serve(options, name):
 
 def ask_server(path, words, seconds):
     """Ask a running server as the manager would: its answer, in bytes; raises Reply."""
-    import socket
     parse_request(words)
     try:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -942,19 +937,24 @@ def ask_server(path, words, seconds):
 
 # ---------------------------------------------------------------------------- databases on servers
 
-DRIVERS = {"mysql": ("pymysql", "MySQLdb", "mysql.connector"),
-           "postgresql": ("psycopg", "psycopg2")}
-READ_ONLY = {"mysql": "SET SESSION TRANSACTION READ ONLY",
-             "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"}
-INDEXED = {  # the name and the leading column of each index
-    "mysql": """SELECT index_name, column_name FROM information_schema.statistics
-        WHERE table_schema = database() AND table_name = 'agent' AND seq_in_index = 1""",
-    "postgresql": """SELECT indexname, substring(indexdef from '\\((\\w+)') FROM pg_indexes
-        WHERE tablename = 'agent'"""}
-NETWORK_INDEX = {  # MariaDB has no index on an expression
-    "mysql": "ALTER TABLE agent ADD COLUMN network VARCHAR(64) AS (%s) VIRTUAL, "
-             "ADD INDEX agent_network (network, ip);",
-    "postgresql": 'CREATE INDEX agent_network ON agent ((%s), (ip COLLATE "C"));'}
+DIALECTS = {  # `indexes`: SQL for the name and the leading column of each index of the table
+    "mysql": {
+        "drivers": ("pymysql", "MySQLdb", "mysql.connector"),
+        "read only": "SET SESSION TRANSACTION READ ONLY",
+        "indexes": """SELECT index_name, column_name FROM information_schema.statistics
+            WHERE table_schema = database() AND table_name = 'agent' AND seq_in_index = 1""",
+        "network": "network", "ip": "ip",
+        "index": "ALTER TABLE agent ADD COLUMN network VARCHAR(64) AS ({0}) VIRTUAL, "
+                 "ADD INDEX agent_network (network, ip);"  # MariaDB has none on an expression
+                 .format(" ".join(NETWORK.split()))},
+    "postgresql": {
+        "drivers": ("psycopg", "psycopg2"),
+        "read only": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+        "indexes": """SELECT indexname, substring(indexdef from '\\((\\w+)') FROM pg_indexes
+            WHERE tablename = 'agent'""",
+        "network": NETWORK.replace("instr", "strpos"), "ip": 'ip COLLATE "C"',
+        "index": 'CREATE INDEX agent_network ON agent (({0}), (ip COLLATE "C"));'
+                 .format(" ".join(NETWORK.replace("instr", "strpos").split()))}}
 PAUSE = 5.0               # seconds until a database that has not answered in time is asked again
 
 
@@ -967,7 +967,6 @@ def shown(name):
 
 def password_of(name):
     """The password in a URL; empty if there is none."""
-    from urllib.parse import parse_qs, unquote
     place, _, query = name.partition("://")[2].partition("?")
     password = place.rpartition("@")[0].partition(":")[2]
     return unquote(password) or parse_qs(query).get("password", [""])[0]
@@ -983,10 +982,10 @@ class Database(SqlSource):
     from_text, on_disk = False, True
 
     def __init__(self, url, seconds):
-        self.url, self.scheme = url, url.partition("://")[0]
+        self.url, self.password, self.mysql = url, password_of(url), url.startswith("mysql:")
+        self.dialect = DIALECTS.get(url.partition("://")[0])
         self.deadline, self.pause, self.connection = time.monotonic() + seconds, 0.0, None
-        if password_of(url) and url in "".join(sys.argv):
-            import os
+        if self.password and any(word.endswith(url) for word in sys.argv):
             os.environ["AGENT_KEY_URL"] = url  # which `ps` does not show to others
             words = [word.replace(url, "://") for word in sys.argv]
             os.execv(sys.executable, [sys.executable, "-IS"] + words)
@@ -995,12 +994,10 @@ class Database(SqlSource):
 
     def find_driver(self):
         """The DB-API module, from the system's packages and nowhere else; raises Reply."""
-        from importlib import import_module
-        import site
-        if self.scheme not in DRIVERS:
+        if not self.dialect:
             raise Reply(2, shown(self.url) + ": its URL must begin with mysql:// or postgresql://")
         sys.path += [path for path in site.getsitepackages() if path not in sys.path]
-        for name in DRIVERS[self.scheme]:
+        for name in self.dialect["drivers"]:
             try:
                 driver = import_module(name)
             except ImportError:
@@ -1008,22 +1005,21 @@ class Database(SqlSource):
             if name == "psycopg2":  # an alarm would not get through to it
                 driver.extensions.set_wait_callback(import_module("psycopg2.extras").wait_select)
             return driver
-        raise Reply(2, "no driver for %s:// is installed: %s would do, from the system's packages; "
-                    "or copy the keys with --import" % (
-                        self.scheme, " or ".join(DRIVERS[self.scheme])))
+        raise Reply(2, "no driver is installed for %s: %s would do, from the system's packages; or "
+                    "copy the keys with --import" % (
+                        shown(self.url), " or ".join(self.dialect["drivers"])))
 
     def options(self):
         """What the driver's connect() takes: the parts of the URL, and its parameters as given."""
-        from urllib.parse import parse_qsl, unquote, urlsplit
-        parts, mysql = urlsplit(self.url), self.scheme == "mysql"
+        parts = urlsplit(self.url)
         options = {
             "host": parts.hostname, "port": parts.port, "user": unquote(parts.username or ""),
-            "password": password_of(self.url), "autocommit": mysql,
-            "database" if mysql else "dbname": unquote(parts.path[1:]),
+            "password": self.password, "autocommit": self.mysql,
+            "database" if self.mysql else "dbname": unquote(parts.path[1:]),
             "connect_timeout": max(1, int(self.deadline - time.monotonic()))}
         if self.driver.__name__ == "mysql.connector":
             options["use_pure"] = True  # an alarm would not get through to its C
-        elif mysql:
+        elif self.mysql:
             options["read_timeout"] = options["write_timeout"] = options["connect_timeout"]
         options.update(parse_qsl(parts.query.replace("+", "%2B")))
         return {name: value for name, value in options.items() if value}
@@ -1031,21 +1027,17 @@ class Database(SqlSource):
     def connect(self):
         """Open a connection that only reads, and in which each query is a transaction."""
         self.connection = self.driver.connect(**self.options())
-        if self.scheme == "postgresql":
+        if not self.mysql:
             self.connection.autocommit = True
         cursor = self.connection.cursor()
-        cursor.execute(READ_ONLY[self.scheme])
-        cursor.execute(INDEXED[self.scheme])
+        cursor.execute(self.dialect["read only"])
+        cursor.execute(self.dialect["indexes"])
         self.indexes = {text_of(word) for row in cursor.fetchall() for word in row}
-        network, ip = "network", "ip"
-        if self.scheme == "postgresql":
-            network, ip = NETWORK.replace("instr", "strpos"), 'ip COLLATE "C"'
-        indexed = "agent_network" in self.indexes
-        self.networks = rows_by_network(network if indexed else "", ip)
+        network = self.dialect["network"] if "agent_network" in self.indexes else ""
+        self.networks = rows_by_network(network, self.dialect["ip"])
 
     def execute(self, sql, values):
         """A cursor with the rows; a kept connection may have broken, so there is a second try."""
-        import re
         kept, started = self.connection is not None, time.monotonic()
         try:
             if not kept:
@@ -1081,8 +1073,7 @@ class Database(SqlSource):
                 reason = "no answer in time (--timeout)"
             if now > started + 1:
                 self.pause = now + PAUSE
-            password = password_of(self.url)
-            reason = reason.replace(password, "...") if password else reason
+            reason = reason.replace(self.password or "\0", "...")
             raise Reply(2, "%s: %s" % (shown(self.url), reason)) from None
         finally:
             setitimer(ITIMER_REAL, 0)
@@ -1101,6 +1092,28 @@ class Database(SqlSource):
 
 # ------------------------------------------------------------------------------- keeping the store
 
+
+class Findings:
+    """What is wrong with a source, told on a stream (1 or 2) as it is found, or kept for JSON."""
+
+    def __init__(self, stream, as_json=False):
+        self.stream, self.as_json, self.kept, self.errors, self.count = stream, as_json, [], 0, 0
+
+    def tell(self, level, where, text):
+        """A finding. level: `error` for what makes a request fail, or `note`."""
+        self.errors += level == "error"
+        self.count += 1
+        if self.as_json:
+            self.kept.append({"level": level, "where": where, "text": text})
+        else:
+            say(self.stream, "%s: %s%s" % (level, where and where + ": ", text))
+
+
+def say(stream, text):
+    """A line for people."""
+    posix.write(stream, printable(text).encode("ascii") + b"\n")
+
+
 def counted(number, what):
     """`1 agent`, `2 agents`."""
     return "%d %s%s" % (number, what, "s" * (number != 1))
@@ -1113,94 +1126,69 @@ def network_of(ip):
     return spelled(number, width) + ("/%d" % prefix if prefix < width else "")
 
 
-def notes_on(row, record, from_text):
-    """What is no error in a sound record, or says more of one: iterator of (level, text)."""
-    stored, name = text_of(row[ID]), record["name"]
-    if isinstance(row[ID], (str, bytes)) and stored.zfill(3) != stored and not stored.strip(DIGITS):
-        yield "note", "id %s lacks its zeros, %03d" % (stored, int(stored or "0"))
+def notes_on(row, record):
+    """What a person should know of a record that breaks no rule: iterator of (level, text)."""
+    stored, ip = text_of(row[ID]), record["ip"]
+    if isinstance(row[ID], (str, bytes)) and stored and not stored.strip(DIGITS) and (
+            len(stored) < 3):
+        yield "note", "id %s lacks its zeros, %s" % (stored, stored.zfill(3))
     for field in ("name", "key"):
         if len(record[field]) == 128:
             yield "note", field + " has 128 characters, of which the manager reads 127 back"
-    if "/" in record["ip"] and network_of(record["ip"]) != record["ip"]:
-        number, width, prefix = parse_network(record["ip"])
-        if number & (1 << width - prefix) - 1:
-            yield "note", "ip has host bits set; its network is " + network_of(record["ip"])
-    if name and name == posix.uname().nodename:
-        yield "error", "name is %s, this host's own: its manager refuses that" % name
+    if "/" in ip and parse_network(ip)[0] != parse_network(network_of(ip))[0]:
+        yield "note", "ip has host bits set; its network is " + network_of(ip)
+    if record["name"] == posix.uname().nodename:
+        yield "error", "name is %s, this host's own: its manager refuses that" % record["name"]
 
 
-class Findings:
-    """What is wrong with a source, told as it is found. strict: errors alone, on stderr; else also
-    notes, on stdout, or kept for one JSON object."""
-
-    def __init__(self, strict, as_json=False):
-        self.strict, self.as_json, self.kept = strict, as_json, []
-        self.errors = self.count = 0
-
-    def tell(self, level, where, text):
-        """A finding. level: `error` for what makes a request fail, or `note`."""
-        self.errors += level == "error"
-        self.count += 1
-        if self.as_json:
-            self.kept.append({"level": level, "where": where, "text": text})
-            return
-        line = "%s: %s%s\n" % (level, where and where + ": ", text)
-        prefix = "agent_key_request: " * self.strict
-        posix.write(2 if self.strict else 1, (prefix + printable(line[:-1]) + "\n").encode("ascii"))
-
-
-def copy(source, store, findings, keep_keys):
+def copy(source, store, findings, keep):
     """Copy all the agents of a source into a new SQLite database, tell what is wrong with them,
-    and give their number. Faulty fields are copied as empty, and keys only if they are kept."""
-    import os
-    terminal, told = os.isatty(2), time.monotonic() + 1
+    and give their number. keep: whether to copy the keys too; a faulty field is copied as empty."""
+    terminal, told, count = os.isatty(2), time.monotonic() + 1, 0
 
     def judged():
-        nonlocal count, told
+        nonlocal told, count
         for number, row in source.rows():
             record, faults = judge(row, source.from_text)
-            notes = [] if findings.strict else list(notes_on(row, record, source.from_text))
-            for level, text in [("error", fault) for fault in faults] + notes:
-                findings.tell(level, "%s %d" % (source.unit, number),
-                              "%s: %s" % (agent_of(record), text))
+            notes = [] if keep else notes_on(row, record)
+            for level, text in itertools.chain((("error", fault) for fault in faults), notes):
+                where = "%s %d" % (source.unit, number)
+                findings.tell(level, where, "%s: %s" % (agent_of(record), text))
             for fault in faults:
                 record[fault.split()[0]] = ""
             count += 1
             if terminal and count % 500 == 0 and time.monotonic() > told:
-                posix.write(2, b"\r%d agents" % count)
+                posix.write(2, b"%d agents\r" % count)
                 told = time.monotonic() + 0.2
-            yield number, record["id"], record["name"], record["ip"], record["key"] * keep_keys
+            yield number, record["id"], record["name"], record["ip"], record["key"] * keep
 
-    count = 0
     store.execute("BEGIN")
     store.execute(TABLE)
-    store.executemany("INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)",
-                      judged())
-    for statement in INDEXES.values() if keep_keys else ():
+    insert = "INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)"
+    store.executemany(insert, judged())
+    for statement in INDEXES.values() if keep else ():
         store.execute(statement)
-    tell_twice(source.unit, store, findings)
+    store.create_function("network_of", 1, network_of)
+    plain = "CASE WHEN ip LIKE '%/%' OR ip LIKE '%:%' THEN network_of(ip) ELSE ip END"
+    for field, value, free in (("id", "id", ""), ("name", "name", ""), ("ip", plain, "any")):
+        tell_twice(store, field, value, free, source.unit, findings)
     store.execute("COMMIT")
-    if terminal:
-        posix.write(2, b"\r" * (count >= 500))
     return count
 
 
-def tell_twice(unit, store, findings):
-    """Tell of each id, name and network that an earlier agent has, too."""
-    store.create_function("network_of", 1, network_of)
-    plain = "CASE WHEN ip LIKE '%/%' OR ip LIKE '%:%' THEN network_of(ip) ELSE ip END"
-    for field, value, which in (("id", "id", "id <> ''"), ("name", "name", "name <> ''"),
-                                ("ip", plain, "ip NOT IN ('', 'any')")):
-        store.execute("CREATE TEMP TABLE twice (value PRIMARY KEY, first)")
-        store.execute("INSERT INTO twice SELECT %s, min(rowid) FROM agent WHERE %s "
-                      "GROUP BY 1 HAVING count(*) > 1" % (value, which))
-        if store.execute("SELECT 1 FROM twice").fetchone():
-            for number, agent, first in store.execute(
-                    "SELECT agent.rowid, id, first FROM agent CROSS JOIN twice ON value = %s "
-                    "WHERE agent.rowid > first AND %s ORDER BY 1" % (value, which)):
-                findings.tell("error", "%s %d" % (unit, number), "agent %s: %s is already that of "
-                              "%s %d" % (agent, field, unit, first))
-        store.execute("DROP TABLE twice")
+def tell_twice(store, field, value, free, unit, findings):
+    """Tell of each agent with an id, name or network that an earlier one has. value: SQL that is
+    equal for equal ones; free: what many may have."""
+    store.execute("CREATE TEMP TABLE twice (value PRIMARY KEY, first)")
+    store.execute("INSERT INTO twice SELECT %s, min(rowid) FROM agent WHERE %s NOT IN ('', ?) "
+                  "GROUP BY 1 HAVING count(*) > 1" % (value, field), [free])
+    if store.execute("SELECT 1 FROM twice").fetchone():
+        rows = store.execute("SELECT agent.rowid, id, first FROM agent CROSS JOIN twice ON value = "
+                             "%s WHERE agent.rowid > first ORDER BY 1" % value)
+        for number, agent, first in rows:
+            findings.tell("error", "%s %d" % (unit, number), "agent %s: %s is already that of %s %d"
+                          % (agent, field, unit, first))
+    store.execute("DROP TABLE twice")
 
 
 def whole(lines):
@@ -1212,11 +1200,16 @@ def whole(lines):
         raise Reply(2, "standard input ends within a line")
 
 
+def remove(*names):
+    """Remove files, if they are there."""
+    for name in names:
+        if os.path.lexists(name):
+            os.unlink(name)
+
+
 def claim_import(path):
     """An empty file to build the new database in, locked until this process ends; raises Trouble or
     OSError. What an import that was killed left there is cleared away."""
-    import fcntl
-    import os
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1225,18 +1218,14 @@ def claim_import(path):
     except (BlockingIOError, FileNotFoundError):
         raise Trouble("another import builds %s: try again when it has ended" % path) from None
     os.ftruncate(lock, 0)
-    for name in (path + "-journal", path + "-wal", path + "-shm"):
-        if os.path.lexists(name):
-            os.unlink(name)
+    remove(path + "-journal", path + "-wal", path + "-shm")
     return lock
 
 
 def put_in_place(lock, beside, path):
-    """Move the new database, which is synced first, over the old one, whose mode and owner it gets.
-    Nothing of the old one's journals may be there then: SQLite would play it into the new one."""
-    import _sqlite3
-    import os
-    old = _sqlite3.connect(":memory:", isolation_level=None)
+    """Sync the new database and move it over the old one, whose mode and owner it gets. Nothing of
+    the old one's journals may be there then: SQLite would play it into the new one."""
+    old = None
     if os.path.exists(path):
         status = os.stat(path)
         os.fchown(lock, status.st_uid, status.st_gid)
@@ -1244,66 +1233,57 @@ def put_in_place(lock, beside, path):
         old = _sqlite3.connect(path, timeout=10, isolation_level=None)
         if old.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             raise Trouble("%s is being read and written: try again" % path)
-    old.execute("BEGIN IMMEDIATE")  # no writer is at work, and a dead one's journal is rolled back
-    for name in (path + "-wal", path + "-shm"):
-        if os.path.lexists(name):
-            os.unlink(name)
+        old.execute("BEGIN IMMEDIATE")  # no writer is at work; a dead one's journal is rolled back
+    remove(path + "-wal", path + "-shm")
     os.fsync(lock)
     os.rename(beside, path)
-    old.close()
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(folder)
-    os.close(folder)
+    if old:
+        old.close()
 
 
 def import_agents(options, name):
     """Make `--db` hold what `--import` names; raises Reply, Trouble or OSError if it does not."""
-    import _sqlite3
-    import os
-    origin, path, seconds = options["--import"], os.path.realpath(name), number_of(
-        options, "--timeout", 10)
-    if is_url(name):
-        raise Trouble("--import makes an SQLite file, and --db is a URL")
-    source = open_source(origin, seconds) if origin != "-" else later(
-        TEXT_ROOM, "open_text")(open(0, "rb", closefd=False), "-", seconds)
-    if os.path.exists(path) and os.path.getsize(path) and not is_sqlite(path):
-        raise Trouble("%s is there and no SQLite database: --import would destroy it" % path)
-    beside, findings = path + ".import", Findings(strict=True)
+    path, origin = os.path.realpath(name), options["--import"]
+    beside, findings = path + ".import", Findings(2)
+    seconds = number_of(options, "--timeout", 10)
+    if origin == "-":
+        source = later(TEXT_ROOM, "open_text")(open(0, "rb", closefd=False), origin, seconds)
+    else:
+        source = open_source(origin, seconds)
+    if is_url(name) or os.path.exists(path) and os.path.getsize(path) and not is_sqlite(path):
+        raise Trouble("--import would make an SQLite file of %s, which is none" % shown(name))
     lock = claim_import(beside)
     try:
         store = _sqlite3.connect(beside, isolation_level=None)
         store.execute("PRAGMA journal_mode = OFF")
         store.execute("PRAGMA synchronous = OFF")
         source.deadline = time.monotonic() + 3600
-        count = copy(source, store, findings, keep_keys=True)
+        count = copy(source, store, findings, keep=True)
         store.close()
         if findings.errors:
-            raise Trouble("%d faults: nothing was imported, %s is as it was" % (
-                findings.errors, path))
+            raise Trouble("%s: nothing is imported, %s is as it was" % (
+                counted(findings.errors, "fault"), path))
         put_in_place(lock, beside, path)
     except _sqlite3.Error as error:
         raise Trouble("cannot write %s: %s" % (path, error)) from None
     finally:
-        if os.path.lexists(beside):
-            os.unlink(beside)
+        remove(beside)
     if os.isatty(2) or "-v" in options:
-        text = "%s imported into %s\n" % (counted(count, "agent"), path)
-        posix.write(2, printable(text[:-1]).encode("ascii") + b"\n")
+        say(2, "%s imported into %s" % (counted(count, "agent"), path))
 
 
 def missing_indexes(source):
     """The statements that would make the missing indexes of a database."""
     cures = dict(INDEXES)
     if isinstance(source, Database):
-        network = " ".join(NETWORK.split())
-        if source.scheme == "postgresql":
-            network = network.replace("instr", "strpos")
-        cures["agent_network"] = NETWORK_INDEX[source.scheme] % network
+        cures["agent_network"] = source.dialect["index"]
         have = source.indexes | {"agent_" + word for word in source.indexes}
+    elif list(source.query("SELECT 1 FROM sqlite_master WHERE name = 'agent' AND type = 'view'")):
+        return []
     else:
-        have = {"agent_network" if source.network else ""}
-        if list(source.query("SELECT 1 FROM sqlite_master WHERE name = 'agent' AND type = 'view'")):
-            return []
+        have = {"agent_network"} if source.indexed else set()
         for column in ("id", "ip"):
             plan = source.query("EXPLAIN QUERY PLAN SELECT 1 FROM agent WHERE %s = ''" % column)
             if not any(b"SCAN" in row[3] for row in plan):
@@ -1313,20 +1293,17 @@ def missing_indexes(source):
 
 def check_source(name, seconds, findings):
     """Tell what a person wants to know before trusting a source, and give the number of agents."""
-    import _sqlite3
-    import os
     if is_url(name) and password_of(name):
         findings.tell("note", "", "a password stands in the URL, where `ps` may show it: put it "
                       "into a file (README.md)")
-    elif not is_url(name) and os.path.isfile(name) and os.stat(name).st_mode & 0o004:
+    elif os.path.isfile(name) and os.stat(name).st_mode & 0o004:
         findings.tell("note", "", "others may read %s, and keys are secrets: chmod o-r it" % name)
     try:
         source = open_source(name, seconds)
-        store = _sqlite3.connect("", isolation_level=None)
         source.deadline = time.monotonic() + 3600
-        count = copy(source, store, findings, keep_keys=False)
-        for cure in missing_indexes(source) if getattr(source, "on_disk", False) else []:
-            findings.tell("note", "", "an index is missing, requests are slow: " + cure)
+        count = copy(source, _sqlite3.connect("", isolation_level=None), findings, keep=False)
+        for cure in missing_indexes(source) if source.on_disk else []:
+            findings.tell("note", "", "an index is missing, and requests are slow: " + cure)
         return count
     except (Reply, OSError) as problem:
         findings.tell("error", "", getattr(problem, "message", MESSAGES[2] + str(problem)))
@@ -1334,39 +1311,34 @@ def check_source(name, seconds, findings):
 
 
 def check_server(path, seconds, findings):
-    """Ask a server as the manager would; gives its address, its answer, and how long it took."""
-    import json
-    started, answered = time.monotonic(), "nothing that a manager understands"
+    """Ask a server as the manager would; gives a dict of its answer and how long it took."""
+    started, answered = time.monotonic(), "an answer that no manager understands"
     try:
         reply = json.loads(ask_server(path, ["id", NOBODY], seconds).decode("ascii"))
         if type(reply["error"]) is int and reply["error"] and type(reply["message"]) is str:
             answered = "error %d, %s" % (reply["error"], reply["message"])
-        if reply["error"] == 4:
-            answered += ", as it should for an id that nobody has"
-        else:
-            findings.tell("error", "", "the server at %s gives %s" % (path, answered))
     except Reply as reply:
         answered = reply.message
-        findings.tell("error", "", answered)
     except (ValueError, KeyError, TypeError):
-        findings.tell("error", "", "the server at %s gives %s" % (path, answered))
+        pass
     took = "%.1f ms" % (1000 * (time.monotonic() - started))
+    if not answered.startswith("error 4"):  # what it should say of an id that nobody has
+        findings.tell("error", "", "server %s: %s" % (path, answered))
     return {"socket": path, "answer": answered, "took": took}
 
 
 def check(options, name):
     """Report on a source, and on the server with `--socket`; returns the exit status."""
-    findings, seconds = Findings(False, "--json" in options), number_of(options, "--timeout", 10)
+    findings, seconds = Findings(1, "--json" in options), number_of(options, "--timeout", 10)
     report = {"agents": check_source(name, seconds, findings), "findings": findings.kept}
     if "--socket" in options:
-        server = report["server"] = check_server(options["--socket"], seconds, findings)
-        text = "server at {socket}: {answer} ({took})\n".format(**server)
+        report["server"] = check_server(options["--socket"], seconds, findings)
     if findings.as_json:
-        text = to_json(report) + "\n"
+        say(1, to_json(report))
     else:
-        text = (text if "server" in report else "") + "%s, %s\n" % (
-            counted(report["agents"], "agent"), counted(findings.count, "finding"))
-    posix.write(1, text.encode("ascii"))
+        if "server" in report:
+            say(1, "server {socket}: {answer}, in {took}".format(**report["server"]))
+        say(1, "%s, %s" % (counted(report["agents"], "agent"), counted(findings.count, "finding")))
     return 1 if findings.errors else 0
 
 
@@ -1385,14 +1357,13 @@ def run_command(arguments):
             return check(options, name)
         (import_agents if "--import" in options else serve)(options, name)
         return 0
-    except Exception as problem:
-        if not isinstance(problem, (Reply, Trouble, OSError)):
-            problem = unforeseen(problem)
-        message = getattr(problem, "message", None) or printable(str(problem))
-        if getattr(problem, "number", 2) in (1, 3):
-            message += " (see --help)"
-        posix.write(2, ("agent_key_request: error: %s\n" % message).encode("ascii"))
-        return 1
+    except (Reply, Trouble, OSError) as problem:
+        message = getattr(problem, "message", str(problem))
+        hint = " (see --help)" if getattr(problem, "number", 2) in (1, 3) else ""
+    except Exception as error:
+        message, hint = unforeseen(error).message, ""
+    say(2, "agent_key_request: error: " + message + hint)
+    return 1
 
 
 def version():
