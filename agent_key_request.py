@@ -96,7 +96,7 @@ def to_json(value):
     if isinstance(value, str):
         return '"%s"' % printable(value).replace("\\", "\\\\").replace('"', '\\"')
     if isinstance(value, dict):
-        return "{%s}" % ", ".join(["%s: %s" % (to_json(k), to_json(value[k])) for k in value])
+        return "{%s}" % ", ".join(['"%s": %s' % (name, to_json(value[name])) for name in value])
     if isinstance(value, list):
         return "[%s]" % ", ".join(map(to_json, value))
     return "%d" % value
@@ -239,7 +239,7 @@ class SqlSource:
     """The table or view `agent` of an SQLite connection; from_text: it was loaded from a text file;
     deadline: when a query is given up, in time.monotonic()."""
 
-    on_disk, frozen, unit = False, False, "row"
+    live, frozen, unit = False, False, "row"
 
     def __init__(self, connection, deadline, from_text=False):
         self.connection, self.deadline, self.from_text = connection, deadline, from_text
@@ -317,7 +317,7 @@ def open_source(name, seconds):
     connection = _sqlite3.connect(uri + "&immutable=1" * frozen, uri=True, timeout=seconds,
                                   isolation_level=None)
     source = SqlSource(connection, time.monotonic() + seconds)
-    source.on_disk, source.frozen = True, frozen
+    source.live, source.frozen = True, frozen
     return source
 
 
@@ -328,7 +328,7 @@ TEXT_ROOM = sys._getframe().f_lineno, r'''
 class TextSource:
     """Agents in a text file. parse: gives the (line number, row) of the lines, to be read once."""
 
-    from_text, on_disk, frozen, unit = True, False, False, "line"
+    from_text, live, frozen, unit = True, False, False, "line"
 
     def __init__(self, lines, parse):
         self.lines, self.parse = lines, parse
@@ -675,7 +675,7 @@ class ServedSource:
 def load(name, seconds):
     """For the parent: a text source in memory, with indexes, or None for a database."""
     source = open_source(name, seconds)
-    if source.on_disk:
+    if source.live:
         return source.close()
     if isinstance(source, SqlSource):
         return source
@@ -979,7 +979,7 @@ class Database(SqlSource):
     answer in time, it does not ask again for a while: others wait in the queue.
     """
 
-    from_text, on_disk = False, True
+    from_text, live = False, True
 
     def __init__(self, url, seconds):
         self.url, self.password, self.mysql = url, password_of(url), url.startswith("mysql:")
@@ -1293,21 +1293,21 @@ def missing_indexes(source):
 
 def check_source(name, seconds, findings):
     """Tell what a person wants to know before trusting a source, and give the number of agents."""
+    count = 0
+    try:
+        source = open_source(name, seconds)
+        source.deadline = time.monotonic() + 3600
+        count = copy(source, _sqlite3.connect("", isolation_level=None), findings, keep=False)
+        for cure in missing_indexes(source) if source.live else []:
+            findings.tell("note", "", "an index is missing, and requests are slow: " + cure)
+    except (Reply, OSError) as problem:
+        findings.tell("error", "", getattr(problem, "message", MESSAGES[2] + str(problem)))
     if is_url(name) and password_of(name):
         findings.tell("note", "", "a password stands in the URL, where `ps` may show it: put it "
                       "into a file (README.md)")
     elif os.path.isfile(name) and os.stat(name).st_mode & 0o004:
         findings.tell("note", "", "others may read %s, and keys are secrets: chmod o-r it" % name)
-    try:
-        source = open_source(name, seconds)
-        source.deadline = time.monotonic() + 3600
-        count = copy(source, _sqlite3.connect("", isolation_level=None), findings, keep=False)
-        for cure in missing_indexes(source) if source.on_disk else []:
-            findings.tell("note", "", "an index is missing, and requests are slow: " + cure)
-        return count
-    except (Reply, OSError) as problem:
-        findings.tell("error", "", getattr(problem, "message", MESSAGES[2] + str(problem)))
-        return 0
+    return count
 
 
 def check_server(path, seconds, findings):
@@ -1318,7 +1318,7 @@ def check_server(path, seconds, findings):
         if type(reply["error"]) is int and reply["error"] and type(reply["message"]) is str:
             answered = "error %d, %s" % (reply["error"], reply["message"])
     except Reply as reply:
-        answered = reply.message
+        answered = reply.message[len(MESSAGES[2]):]
     except (ValueError, KeyError, TypeError):
         pass
     took = "%.1f ms" % (1000 * (time.monotonic() - started))
