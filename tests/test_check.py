@@ -18,12 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, KEY, PLAIN_SCHEMA, SAMPLE, UNTYPED_SCHEMA, Caller, Record, Stores
+from conftest import KEY, PLAIN_SCHEMA, SAMPLE, UNTYPED_SCHEMA, Caller, Record, Stores
 from serving import records, serving
-
-pytestmark = pytest.mark.skipif(
-    "--check" not in SCRIPT.read_text(), reason="the script does not have --check yet"
-)
 
 LIMIT = 60.0  # seconds for one check
 SECRET = "S3cr3t" * 9  # a key; 54 characters, so that no id or address looks like it

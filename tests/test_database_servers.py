@@ -22,10 +22,6 @@ from database_servers import DRIVERS, OWNER, PASSWORD, READER, MariaDB, PostgreS
 from manager import Answer, read_json
 from serving import HEAD, Load, connect, serve_command, serving, started, until
 
-pytestmark = pytest.mark.skipif(
-    "mysql://" not in SCRIPT.read_text(), reason="the script does not have mysql:// yet"
-)
-
 BOTH = [(scheme, driver) for scheme, names in DRIVERS.items() for driver in names]
 DEADLINE = 20.0  # seconds; the script's own is 10, and this machine may be busy
 LIMIT = 120.0  # seconds for an import or a check

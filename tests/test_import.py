@@ -19,12 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import SCRIPT, KEY, UNTYPED_SCHEMA, Caller, Record, Stores
+from conftest import KEY, UNTYPED_SCHEMA, Caller, Record, Stores
 from serving import Load, Server, records, serving, until
-
-pytestmark = pytest.mark.skipif(
-    "--import" not in SCRIPT.read_text(), reason="the script does not have --import yet"
-)
 
 LIMIT = 120.0  # seconds for one import, on the slowest machine
 ROWS = "SELECT id, name, ip, agent_key FROM agent ORDER BY id"
