@@ -782,7 +782,6 @@ class Supervisor:
             posix.close(self.lifeline[1])
             if self.server.identity:
                 posix.close(self.server.lock)  # it is the parent's, and free when the parent ends
-            signal(SIGALRM, give_up)
             source, log = ServedSource(self.name, self.seconds, self.loaded), Log(self.log.verbose)
             log.repeats["error: %s%s" % (MESSAGES[2], source.failure)] = 0  # told by the parent
             answer(["id", NOBODY], source.find)  # opens it
@@ -801,6 +800,7 @@ class Supervisor:
                 if self.workers.pop(process, 0) == self.generation and self.server:
                     self.log.waiting.append("error: worker %d died (status %d), another takes its "
                                             "place" % (process, status))
+                    time.sleep(0.05)  # or workers that die at once would take all the processors
                     self.start_worker()
                 process, status = posix.waitpid(-1, posix.WNOHANG)
         except ChildProcessError:
