@@ -1208,15 +1208,17 @@ def remove(*names):
 
 
 def claim_import(path):
-    """An empty file to build the new database in, locked until this process ends; raises Trouble or
-    OSError. What an import that was killed left there is cleared away."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    """An empty file to build the new database in, locked until this process ends; raises Trouble.
+    What an import that was killed left there is cleared away."""
     try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino != os.stat(path).st_ino:
-            raise FileNotFoundError
-    except (BlockingIOError, FileNotFoundError):
+        if not os.path.exists(path) or os.fstat(lock).st_ino != os.stat(path).st_ino:
+            raise BlockingIOError  # it has just been moved over the store
+    except BlockingIOError:
         raise Trouble("another import builds %s: try again when it has ended" % path) from None
+    except OSError as error:
+        raise Trouble("cannot write %s: %s" % (path, error.strerror)) from None
     os.ftruncate(lock, 0)
     remove(path + "-journal", path + "-wal", path + "-shm")
     return lock
@@ -1262,26 +1264,30 @@ def import_agents(options, name):
         source.deadline = time.monotonic() + 3600
         count = copy(source, store, findings, keep=True)
         store.close()
-        if findings.errors:
+        if findings.errors or origin == "-" and not count:  # who writes it may have died
             raise Trouble("%s: nothing is imported, %s is as it was" % (
-                counted(findings.errors, "fault"), path))
+                counted(findings.errors, "fault") if count else "no agent there", path))
         put_in_place(lock, beside, path)
-    except _sqlite3.Error as error:
-        raise Trouble("cannot write %s: %s" % (path, error)) from None
-    finally:
+    except Exception as error:
         remove(beside)
+        if isinstance(error, (_sqlite3.Error, OSError)):
+            reason = getattr(error, "strerror", None) or error
+            raise Trouble("cannot import into %s: %s" % (path, reason)) from None
+        raise
     if os.isatty(2) or "-v" in options:
         say(2, "%s imported into %s" % (counted(count, "agent"), path))
 
 
 def missing_indexes(source):
-    """The statements that would make the missing indexes of a database."""
-    cures = dict(INDEXES)
+    """The statements that would make the missing indexes of a database; none for a view."""
+    cures, views = dict(INDEXES), "sqlite_master WHERE name = 'agent' AND type = 'view'"
+    if isinstance(source, Database):
+        views = "information_schema.views WHERE table_name = 'agent'"
+    if list(source.query("SELECT 1 FROM " + views)):
+        return []
     if isinstance(source, Database):
         cures["agent_network"] = source.dialect["index"]
         have = source.indexes | {"agent_" + word for word in source.indexes}
-    elif list(source.query("SELECT 1 FROM sqlite_master WHERE name = 'agent' AND type = 'view'")):
-        return []
     else:
         have = {"agent_network"} if source.indexed else set()
         for column in ("id", "ip"):
@@ -1322,8 +1328,11 @@ def check_server(path, seconds, findings):
     except (ValueError, KeyError, TypeError):
         pass
     took = "%.1f ms" % (1000 * (time.monotonic() - started))
+    text = "server %s: %s, in %s" % (path, answered, took)
     if not answered.startswith("error 4"):  # what it should say of an id that nobody has
-        findings.tell("error", "", "server %s: %s" % (path, answered))
+        findings.tell("error", "", text)
+    elif not findings.as_json:
+        say(1, text)
     return {"socket": path, "answer": answered, "took": took}
 
 
@@ -1336,8 +1345,6 @@ def check(options, name):
     if findings.as_json:
         say(1, to_json(report))
     else:
-        if "server" in report:
-            say(1, "server {socket}: {answer}, in {took}".format(**report["server"]))
         say(1, "%s, %s" % (counted(report["agents"], "agent"), counted(findings.count, "finding")))
     return 1 if findings.errors else 0
 
@@ -1447,6 +1454,8 @@ def answer_once(options, words):
         posix.write(1, later(LATER_ROOM, "ask_server")(options["--socket"], words, seconds))
         return
     name = options.get("--db") or source_beside()
+    if is_url(name):  # libpq warns of what it dislikes, and the manager would lose the answer
+        posix.dup2(posix.open("/dev/null", posix.O_WRONLY), 2)
     signal(SIGALRM, give_up)
     setitimer(ITIMER_REAL, seconds)
     try:
