@@ -1328,11 +1328,11 @@ def check_server(path, seconds, findings):
     except (ValueError, KeyError, TypeError):
         pass
     took = "%.1f ms" % (1000 * (time.monotonic() - started))
-    text = "server %s: %s, in %s" % (path, answered, took)
+    text = "server %s: %s" % (path, answered)
     if not answered.startswith("error 4"):  # what it should say of an id that nobody has
         findings.tell("error", "", text)
     elif not findings.as_json:
-        say(1, text)
+        say(1, "%s, in %s" % (text, took))
     return {"socket": path, "answer": answered, "took": took}
 
 

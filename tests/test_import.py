@@ -1076,3 +1076,37 @@ def test_a_million_faults_are_not_all_kept(ask: Caller, stores: Stores, old_stor
     assert process.returncode == 1
     assert peak <= 150 * 1024
     assert rows(old_store) == expected(OLD)
+
+
+def test_two_at_once_leave_each_others_files(ask: Caller, stores: Stores, store: Path) -> None:
+    """The one that is refused must not clear away what the other is building."""
+    accepted(ask, store, stores.csv(OLD, "old.csv"))
+    slow = subprocess.Popen(
+        command(ask, store, "-"), env={"PATH": ask.path}, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    assert slow.stdin is not None
+    slow.stdin.write(HEADER.encode() + b"001,a,any,k\n")
+    slow.stdin.flush()
+    beside = Path(f"{store}.import")
+    until(beside.exists, "the file that it builds")
+    run = importing(ask, store, stores.csv(GOOD))
+    assert run.status == 1 and "another import" in run.err
+    assert beside.exists()
+    out, err = slow.communicate(b"002,b,any,k\n", timeout=LIMIT)
+    assert (slow.returncode, out, err) == (0, b"", b"")
+    assert len(rows(store)) == 2
+    assert litter(store) == set()
+
+
+def test_standard_input_without_an_agent(ask: Caller, old_store: Path) -> None:
+    """A header alone is what a client leaves that dies after it."""
+    run = refused(ask, old_store, "-", input=by_tab([]))
+    assert "no agent" in run.err
+
+
+def test_folder_that_is_not_there_is_named_as_given(ask: Caller, stores: Stores) -> None:
+    """Not as an error number of the interpreter's."""
+    run = importing(ask, stores.folder / "nowhere" / "a.db", stores.csv(GOOD))
+    assert run.status == 1
+    assert "nowhere/a.db" in run.err and "Errno" not in run.err
