@@ -1016,7 +1016,7 @@ class Database(SqlSource):
             "host": parts.hostname, "port": parts.port, "user": unquote(parts.username or ""),
             "password": self.password, "autocommit": self.mysql,
             "database" if self.mysql else "dbname": unquote(parts.path[1:]),
-            "connect_timeout": max(1, int(self.deadline - time.monotonic()))}
+            "connect_timeout": int(max(0, self.deadline - time.monotonic())) + 1}
         if self.driver.__name__ == "mysql.connector":
             options["use_pure"] = True  # an alarm would not get through to its C
         elif self.mysql:
@@ -1145,6 +1145,8 @@ def copy(source, store, findings, keep):
     """Copy all the agents of a source into a new SQLite database, tell what is wrong with them,
     and give their number. keep: whether to copy the keys too; a faulty field is copied as empty."""
     terminal, told, count = os.isatty(2), time.monotonic() + 1, 0
+    if not isinstance(source, Database):  # whose deadline is for its first row
+        source.deadline = time.monotonic() + 3600
 
     def judged():
         nonlocal told, count
@@ -1261,7 +1263,6 @@ def import_agents(options, name):
         store = _sqlite3.connect(beside, isolation_level=None)
         store.execute("PRAGMA journal_mode = OFF")
         store.execute("PRAGMA synchronous = OFF")
-        source.deadline = time.monotonic() + 3600
         count = copy(source, store, findings, keep=True)
         store.close()
         if findings.errors or origin == "-" and not count:  # who writes it may have died
@@ -1302,8 +1303,8 @@ def check_source(name, seconds, findings):
     count = 0
     try:
         source = open_source(name, seconds)
-        source.deadline = time.monotonic() + 3600
         count = copy(source, _sqlite3.connect("", isolation_level=None), findings, keep=False)
+        source.deadline = time.monotonic() + seconds
         for cure in missing_indexes(source) if source.live else []:
             findings.tell("note", "", "an index is missing, and requests are slow: " + cure)
     except (Reply, OSError) as problem:

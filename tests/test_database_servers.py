@@ -830,6 +830,24 @@ def test_import(setup: Setup, stores: Stores, tmp_path: Path) -> None:
     assert setup.ask("id", "001", db=store).data["key"] == KEY
 
 
+def test_import_from_a_database_that_does_not_answer(
+    setup: Setup, tmp_path: Path, silent_port: int
+) -> None:
+    """A cron job must not hang, neither on a silent port nor on a locked table."""
+    setup.server.load(agents(3))
+    store = tmp_path / "agents.db"
+    silent = setup.server.url(host="127.0.0.1", port=silent_port)
+    began = time.monotonic()
+    done = command(setup, "--db", store, "--timeout", "2", "--import", silent)
+    assert done.returncode == 1 and done.stderr
+    with setup.server.locked_table():
+        url = setup.server.url()
+        done = command(setup, "--db", store, "--timeout", "2", "--import", url)
+    assert done.returncode == 1 and "no answer in time" in done.stderr
+    assert time.monotonic() - began < 2 * DEADLINE
+    assert not store.exists()
+
+
 def test_import_of_broken_rows(setup: Setup, stores: Stores) -> None:
     """They are told by their row, and nothing is imported."""
     setup.server.load([*agents(3), ("004", "bad name", "any", KEY)])
