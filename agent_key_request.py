@@ -37,6 +37,7 @@ MESSAGES = {  # of an answer, by its error number; what ends with a space or col
     6: "Stored record is invalid: ", 9: "Internal error: "}
 FOR_THE_OPERATOR = (0, 2, 5, 6, 9)  # the manager shows errors at debug level only
 
+BINARY = (bytes, bytearray, memoryview)  # what a driver gives for a BLOB
 ID, NAME, IP, KEY = range(4)  # the order in which every source gives a row
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -129,7 +130,7 @@ def parse_network(text):
 
 def text_of(value):
     """A stored value (text, bytes, number, null) as str, without the padding of CHAR columns."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
+    if isinstance(value, BINARY):
         value = bytes(value).decode("latin-1")  # what is beyond ASCII breaks every rule
     return "" if value is None else str(value).strip(" ")
 
@@ -137,7 +138,7 @@ def text_of(value):
 def id_of(value, from_text):
     """The agent id in a stored value, as the manager writes it: with at least three digits if it
     is a number, or from a text file, where spreadsheets eat zeros."""
-    if isinstance(value, (int, float)) and value % 1 == 0:
+    if value is not None and not isinstance(value, (str,) + BINARY) and value % 1 == 0:
         return "%03d" % value
     text = text_of(value)
     return text.zfill(3) if from_text and text and not text.strip(DIGITS) else text
@@ -298,16 +299,16 @@ def is_sqlite(name, mode=b""):
 
 def is_url(name):
     """Whether a source is a database on a server, not a file."""
-    return "://" in name and name[0] not in "/."
+    return "://" in name and name[0] not in "/." or name.startswith(("mysql:", "postgresql:"))
 
 
 def open_source(name, seconds):
     """The source that `--db` names, for queries of up to `seconds`; raises Reply."""
     if is_url(name):
-        return later(LATER_ROOM, "Database")(name, seconds)
+        return later("Database")(name, seconds)
     check_file(name)
     if not is_sqlite(name):
-        return later(TEXT_ROOM, "open_text")(open(name, "rb"), name, seconds)
+        return open_text(open(name, "rb"), name, seconds)
     import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
     path = ("./" * (name[0] != "/") + name).encode(sys.getfilesystemencoding(), "surrogateescape")
     uri = "file:%s?mode=ro" % "".join(["%%%02X" % byte for byte in path])
@@ -321,10 +322,6 @@ def open_source(name, seconds):
     return source
 
 
-# Every one-shot request would compile the whole file, so what most of them do not need is a text
-# until it is needed. `make lint` and the tests read it without its marks, as the code it is.
-
-TEXT_ROOM = sys._getframe().f_lineno, r'''
 class TextSource:
     """Agents in a text file. parse: gives the (line number, row) of the lines, to be read once."""
 
@@ -413,7 +410,7 @@ def open_text(stream, name, seconds):
     is_csv = "id" in columns and len(columns) > 1
     lines = chain(head, TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n"))
     if name == "-":
-        lines = later(LATER_ROOM, "whole")(lines)
+        lines = later("whole")(lines)
     if is_csv:
         key = "key" if "key" in columns else "agent_key"
         if not {"name", "ip", key} < set(columns):
@@ -441,7 +438,7 @@ def open_script(script, name, seconds):
     except Exception as error:
         raise Reply(2, "%s: %s" % (name, error)) from None
     return SqlSource(connection, deadline)
-'''  # end of TEXT_ROOM
+
 
 # -------------------------------------------------------------------------------------- the answer
 
@@ -508,6 +505,8 @@ def unforeseen(error):
 
 # ------------------------------------------------------------------------------------- the server
 
+# All that no one-shot request needs: a text until it is needed, because each of them would else
+# compile it, and cost twice as much. `make lint` and the tests read it as the code it is.
 LATER_ROOM = sys._getframe().f_lineno, r'''
 import fcntl
 import grp
@@ -524,7 +523,7 @@ import socketserver
 import _sqlite3
 from _signal import SIG_BLOCK, SIGCHLD
 from importlib import import_module
-from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 SOCKET = "/var/ossec/queue/sockets/agent_key_request"
 TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL,
@@ -709,9 +708,10 @@ class Log:
 
     def flush(self, last=False):
         """Write; what nobody takes is dropped, because a full pipe must not stop the server."""
-        if last or time.monotonic() > self.since + SUMMARY or len(self.repeats) > SUMMARY_LINES:
+        seconds = time.monotonic() - self.since
+        if last or seconds > SUMMARY or len(self.repeats) > SUMMARY_LINES:
             if not self.verbose:
-                self.waiting += ["%s (%d times more in %d s)" % (line, repeats, SUMMARY)
+                self.waiting += ["%s (%d times more in %.0f s)" % (line, repeats, seconds)
                                  for line, repeats in self.repeats.items() if repeats]
             self.since, self.repeats = time.monotonic(), {}
         if not self.waiting:
@@ -950,26 +950,35 @@ DIALECTS = {  # `indexes`: SQL for the name and the leading column of each index
     "postgresql": {
         "drivers": ("psycopg", "psycopg2"),
         "read only": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
-        "indexes": """SELECT indexname, substring(indexdef from '\\((\\w+)') FROM pg_indexes
-            WHERE tablename = 'agent'""",
+        "indexes": """SELECT class.relname, attname FROM pg_index JOIN pg_class class
+            ON class.oid = indexrelid LEFT JOIN pg_attribute ON attrelid = indrelid
+            AND attnum = indkey[0] WHERE indrelid = 'agent'::regclass""",
         "network": NETWORK.replace("instr", "strpos"), "ip": 'ip COLLATE "C"',
         "index": 'CREATE INDEX agent_network ON agent (({0}), (ip COLLATE "C"));'
                  .format(" ".join(NETWORK.replace("instr", "strpos").split()))}}
 PAUSE = 5.0               # seconds until a database that has not answered in time is asked again
 
 
+URL = re.compile(  # what is special in a user, a password or a database is percent-encoded
+    r"(\w+)://(?:([^:@/?#]*)(?::([^:@/?#]*))?@)?(\[[^]@/?#]*\]|[^:@/?#]*)(?::([0-9]{1,5}))?"
+    r"(?:/([^@/?#]*))?(?:\?([^#]*))?\Z")
+
+
 def shown(name):
-    """A source for people to see: of a URL, neither the password nor what the driver gets."""
-    scheme, mark, rest = name.partition("://")
-    account, sign, place = rest.partition("?")[0].rpartition("@")
-    return scheme + mark + account.partition(":")[0] + sign + place if mark else name
+    """A source for people to see: of a URL, neither a password nor what else the driver gets."""
+    match = URL.match(name)
+    if not is_url(name):
+        return name
+    return "%s://%s@%s/%s" % match.group(1, 2, 4, 6) if match else name.partition(":")[0] + "://..."
 
 
-def password_of(name):
-    """The password in a URL; empty if there is none."""
-    place, _, query = name.partition("://")[2].partition("?")
-    password = place.rpartition("@")[0].partition(":")[2]
-    return unquote(password) or parse_qs(query).get("password", [""])[0]
+def secrets_of(name):
+    """The passwords in a URL, as they are written there and decoded."""
+    match = URL.match(name)
+    pairs = [pair.partition("=") for pair in ((match and match.group(7)) or "").split("&")]
+    written = [value for field, _, value in pairs if field in ("password", "passwd", "sslpassword")]
+    written += [match.group(3)] if match and match.group(3) else []
+    return written + [unquote(value) for value in written]
 
 
 class Database(SqlSource):
@@ -982,10 +991,10 @@ class Database(SqlSource):
     from_text, live = False, True
 
     def __init__(self, url, seconds):
-        self.url, self.password, self.mysql = url, password_of(url), url.startswith("mysql:")
+        self.url, self.secrets, self.mysql = url, secrets_of(url), url.startswith("mysql:")
         self.dialect = DIALECTS.get(url.partition("://")[0])
         self.deadline, self.pause, self.connection = time.monotonic() + seconds, 0.0, None
-        if self.password and any(word.endswith(url) for word in sys.argv):
+        if self.secrets and any(word.endswith(url) for word in sys.argv):
             os.environ["AGENT_KEY_URL"] = url  # which `ps` does not show to others
             words = [word.replace(url, "://") for word in sys.argv]
             os.execv(sys.executable, [sys.executable, "-IS"] + words)
@@ -994,8 +1003,9 @@ class Database(SqlSource):
 
     def find_driver(self):
         """The DB-API module, from the system's packages and nowhere else; raises Reply."""
-        if not self.dialect:
-            raise Reply(2, shown(self.url) + ": its URL must begin with mysql:// or postgresql://")
+        if not self.dialect or not URL.match(self.url):
+            raise Reply(2, shown(self.url) + " is none of mysql://user@host/database and "
+                        "postgresql://user@host/database, with special characters percent-encoded")
         sys.path += [path for path in site.getsitepackages() if path not in sys.path]
         for name in self.dialect["drivers"]:
             try:
@@ -1011,17 +1021,17 @@ class Database(SqlSource):
 
     def options(self):
         """What the driver's connect() takes: the parts of the URL, and its parameters as given."""
-        parts = urlsplit(self.url)
+        _, user, password, host, port, name, query = URL.match(self.url).groups("")
         options = {
-            "host": parts.hostname, "port": parts.port, "user": unquote(parts.username or ""),
-            "password": self.password, "autocommit": self.mysql,
-            "database" if self.mysql else "dbname": unquote(parts.path[1:]),
+            "host": unquote(host.strip("[]")), "port": port and int(port), "user": unquote(user),
+            "password": unquote(password), "autocommit": self.mysql,
+            "database" if self.mysql else "dbname": unquote(name),
             "connect_timeout": int(max(0, self.deadline - time.monotonic())) + 1}
         if self.driver.__name__ == "mysql.connector":
             options["use_pure"] = True  # an alarm would not get through to its C
         elif self.mysql:
             options["read_timeout"] = options["write_timeout"] = options["connect_timeout"]
-        options.update(parse_qsl(parts.query.replace("+", "%2B")))
+        options.update(parse_qsl(query.replace("+", "%2B")))
         return {name: value for name, value in options.items() if value}
 
     def connect(self):
@@ -1073,7 +1083,8 @@ class Database(SqlSource):
                 reason = "no answer in time (--timeout)"
             if now > started + 1:
                 self.pause = now + PAUSE
-            reason = reason.replace(self.password or "\0", "...")
+            for secret in filter(None, self.secrets):
+                reason = reason.replace(secret, "...")
             raise Reply(2, "%s: %s" % (shown(self.url), reason)) from None
         finally:
             setitimer(ITIMER_REAL, 0)
@@ -1181,22 +1192,19 @@ def copy(source, store, findings, keep):
 def tell_twice(store, field, value, free, unit, findings):
     """Tell of each agent with an id, name or network that an earlier one has. value: SQL that is
     equal for equal ones; free: what many may have."""
-    store.execute("CREATE TEMP TABLE twice (value PRIMARY KEY, first)")
-    store.execute("INSERT INTO twice SELECT %s, min(rowid) FROM agent WHERE %s NOT IN ('', ?) "
-                  "GROUP BY 1 HAVING count(*) > 1" % (value, field), [free])
-    if store.execute("SELECT 1 FROM twice").fetchone():
-        rows = store.execute("SELECT agent.rowid, id, first FROM agent CROSS JOIN twice ON value = "
-                             "%s WHERE agent.rowid > first ORDER BY 1" % value)
-        for number, agent, first in rows:
-            findings.tell("error", "%s %d" % (unit, number), "agent %s: %s is already that of %s %d"
-                          % (agent, field, unit, first))
-    store.execute("DROP TABLE twice")
+    rows = store.execute(
+        "SELECT agent.rowid, id, first FROM agent CROSS JOIN (SELECT {0} AS value, min(rowid) AS "
+        "first FROM agent WHERE {1} NOT IN ('', ?) GROUP BY 1 HAVING count(*) > 1) ON value = {0} "
+        "WHERE agent.rowid > first ORDER BY 1".format(value, field), [free])
+    for number, agent, first in rows:
+        findings.tell("error", "%s %d" % (unit, number), "agent %s: %s is already that of %s %d" % (
+            agent, field, unit, first))
 
 
 def whole(lines):
     """The lines of standard input: who writes them may have died within the last."""
     line = "\n"
-    for line in lines:
+    for line in filter(None, lines):
         yield line
     if line[-1:] not in ("\r", "\n"):
         raise Reply(2, "standard input ends within a line")
@@ -1210,37 +1218,41 @@ def remove(*names):
 
 
 def claim_import(path):
-    """An empty file to build the new database in, locked until this process ends; raises Trouble.
-    What an import that was killed left there is cleared away."""
+    """A new file to build the database in, locked until this process ends; raises Trouble. What an
+    import that was killed has left there is cleared away, and anything else in that place."""
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if os.path.lexists(path):
+            left = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path, path + "-journal", path + "-wal", path + "-shm")
+            os.close(left)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.exists(path) or os.fstat(lock).st_ino != os.stat(path).st_ino:
-            raise BlockingIOError  # it has just been moved over the store
-    except BlockingIOError:
+            raise BlockingIOError  # somebody found it before it was locked
+    except (BlockingIOError, FileExistsError):
         raise Trouble("another import builds %s: try again when it has ended" % path) from None
     except OSError as error:
         raise Trouble("cannot write %s: %s" % (path, error.strerror)) from None
-    os.ftruncate(lock, 0)
-    remove(path + "-journal", path + "-wal", path + "-shm")
     return lock
 
 
-def put_in_place(lock, beside, path):
+def put_in_place(lock, beside, path, seconds):
     """Sync the new database and move it over the old one, whose mode and owner it gets. Nothing of
     the old one's journals may be there then: SQLite would play it into the new one."""
+    os.fsync(lock)
     old = None
     if os.path.exists(path):
-        status = os.stat(path)
-        os.fchown(lock, status.st_uid, status.st_gid)
-        os.fchmod(lock, status.st_mode & 0o777)
-        old = _sqlite3.connect(path, timeout=10, isolation_level=None)
+        old = _sqlite3.connect(path, timeout=seconds, isolation_level=None)
         if old.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             raise Trouble("%s is being read and written: try again" % path)
         old.execute("BEGIN IMMEDIATE")  # no writer is at work; a dead one's journal is rolled back
+        status = os.stat(path)
+        os.fchown(lock, status.st_uid, status.st_gid)
+        os.fchmod(lock, status.st_mode & 0o777)
     remove(path + "-wal", path + "-shm")
-    os.fsync(lock)
     os.rename(beside, path)
+    remove(path + "-wal", path + "-shm")  # of somebody who came in between
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(folder)
     if old:
@@ -1253,7 +1265,9 @@ def import_agents(options, name):
     beside, findings = path + ".import", Findings(2)
     seconds = number_of(options, "--timeout", 10)
     if origin == "-":
-        source = later(TEXT_ROOM, "open_text")(open(0, "rb", closefd=False), origin, seconds)
+        if not sys.stdin:
+            raise Trouble("standard input is closed")
+        source = open_text(open(0, "rb", closefd=False), origin, seconds)
     else:
         source = open_source(origin, seconds)
     if is_url(name) or os.path.exists(path) and os.path.getsize(path) and not is_sqlite(path):
@@ -1268,7 +1282,7 @@ def import_agents(options, name):
         if findings.errors or origin == "-" and not count:  # who writes it may have died
             raise Trouble("%s: nothing is imported, %s is as it was" % (
                 counted(findings.errors, "fault") if count else "no agent there", path))
-        put_in_place(lock, beside, path)
+        put_in_place(lock, beside, path, seconds)
     except Exception as error:
         remove(beside)
         if isinstance(error, (_sqlite3.Error, OSError)):
@@ -1305,11 +1319,13 @@ def check_source(name, seconds, findings):
         source = open_source(name, seconds)
         count = copy(source, _sqlite3.connect("", isolation_level=None), findings, keep=False)
         source.deadline = time.monotonic() + seconds
-        for cure in missing_indexes(source) if source.live else []:
+        for option, value in (("id", NOBODY), ("ip", (1, 32))) if source.live else ():
+            source.find(option, value)  # a column's type may not go with it
+        for cure in missing_indexes(source) if source.live else ():
             findings.tell("note", "", "an index is missing, and requests are slow: " + cure)
     except (Reply, OSError) as problem:
         findings.tell("error", "", getattr(problem, "message", MESSAGES[2] + str(problem)))
-    if is_url(name) and password_of(name):
+    if is_url(name) and secrets_of(name):
         findings.tell("note", "", "a password stands in the URL, where `ps` may show it: put it "
                       "into a file (README.md)")
     elif os.path.isfile(name) and os.stat(name).st_mode & 0o004:
@@ -1367,6 +1383,8 @@ def run_command(arguments):
         return 0
     except (Reply, Trouble, OSError) as problem:
         message = getattr(problem, "message", str(problem))
+        if getattr(problem, "strerror", None):
+            message = "%s: %s" % (problem.filename or shown(name), problem.strerror)
         hint = " (see --help)" if getattr(problem, "number", 2) in (1, 3) else ""
     except Exception as error:
         message, hint = unforeseen(error).message, ""
@@ -1410,10 +1428,10 @@ def parse_arguments(arguments):
             raise Reply(3)
         elif not equals:
             value = words.pop(0) if words else ""
+        if value == "://":  # Database() has hidden it
+            value = posix.environ.get(b"AGENT_KEY_URL", b"").decode("utf-8", "surrogateescape")
         if not value:
             raise Reply(1)
-        if value == "://":  # Database() has hidden it
-            value = posix.environ[b"AGENT_KEY_URL"].decode()
         options[name] = value
     return options, words
 
@@ -1436,10 +1454,11 @@ def source_beside():
     return os.environ.get("AGENT_KEY_DB") or beside
 
 
-def later(room, name):
-    """What is so named in a room that is a text; room: (the line where it begins, its text)."""
+def later(name):
+    """What is so named in LATER_ROOM."""
+    line, text = LATER_ROOM  # noqa: F821
     if name not in globals():
-        exec(compile("\n" * (room[0] - 1) + room[1], __file__, "exec"), globals())
+        exec(compile("\n" * (line - 1) + text, __file__, "exec"), globals())
     return globals()[name]
 
 
@@ -1452,7 +1471,7 @@ def answer_once(options, words):
     """The executable method: answers on standard output, then tells syslog."""
     seconds = number_of(options, "--timeout", 10)  # the manager's own patience is 60 s
     if "--socket" in options:
-        posix.write(1, later(LATER_ROOM, "ask_server")(options["--socket"], words, seconds))
+        posix.write(1, later("ask_server")(options["--socket"], words, seconds))
         return
     name = options.get("--db") or source_beside()
     if is_url(name):  # libpq warns of what it dislikes, and the manager would lose the answer
@@ -1472,6 +1491,7 @@ def answer_once(options, words):
         syslog.openlog("agent_key_request", syslog.LOG_PID, syslog.LOG_AUTHPRIV)
         syslog.syslog(syslog.LOG_ERR if reply.number else syslog.LOG_INFO,
                       printable("%s: %s" % (" ".join(words), reply.message)))
+        setitimer(ITIMER_REAL, 0)
 
 
 def main(arguments):
@@ -1481,10 +1501,10 @@ def main(arguments):
     signal(SIGINT, SIG_DFL)
     try:
         if any([word.partition("=")[0] in MODES for word in arguments]):
-            return later(LATER_ROOM, "run_command")(arguments)
+            return later("run_command")(arguments)
         options, words = parse_arguments(arguments)
         if "--help" in options or "--version" in options:
-            text = HELP if "--help" in options else later(LATER_ROOM, "version")()
+            text = HELP if "--help" in options else later("version")()
             posix.write(1, text.encode("ascii"))
         else:
             answer_once(options, words)
@@ -1492,8 +1512,10 @@ def main(arguments):
         posix.write(1, reply.line())
     except OSError:
         pass  # nobody takes the answer
+    except Exception as error:
+        posix.write(1, unforeseen(error).line())
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    posix._exit(main(sys.argv[1:]))  # an orderly end of the interpreter costs 7 M, for nothing
