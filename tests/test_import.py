@@ -1110,3 +1110,45 @@ def test_folder_that_is_not_there_is_named_as_given(ask: Caller, stores: Stores)
     run = importing(ask, stores.folder / "nowhere" / "a.db", stores.csv(GOOD))
     assert run.status == 1
     assert "nowhere/a.db" in run.err and "Errno" not in run.err
+
+
+@pytest.mark.parametrize("what", ["mode", "owner", "hard link"])
+def test_somebody_elses_file_does_not_become_the_store(
+    ask: Caller, stores: Stores, store: Path, nobody: int, what: str
+) -> None:
+    """It could be read, or written to, by whoever put it there."""
+    beside, link = Path(f"{store}.import"), store.parent.parent / "link"
+    beside.write_text("left here")
+    if what == "mode":
+        beside.chmod(0o666)
+    elif what == "owner":
+        os.chown(beside, nobody, nobody)
+    else:
+        link.hardlink_to(beside)
+    accepted(ask, store, stores.csv(GOOD))
+    seen = store.stat()
+    assert (stat.S_IMODE(seen.st_mode), seen.st_uid, seen.st_nlink) == (0o600, os.geteuid(), 1)
+    assert not link.exists() or link.read_text() == "left here"
+
+
+def test_no_time_passes_between_an_old_wal_and_the_move(
+    ask: Caller, stores: Stores, old_store: Path
+) -> None:
+    """A writer that came in between would leave a WAL that is played into the new store."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is not installed")
+    crash_copy(old_store)
+    trace = old_store.parent.parent / "trace"
+    words = [strace, "-y", "-o", str(trace), "-e", "trace=fsync,rename,unlink",
+             *command(ask, old_store, stores.csv(GOOD))]
+    done = subprocess.run(words, env={"PATH": ask.path}, capture_output=True, check=False)
+    if not trace.exists() or "ptrace" in done.stderr.decode():
+        pytest.skip("strace may not trace here")
+    calls = [line for line in trace.read_text().splitlines() if "agents.db" in line]
+    moved = next(place for place, line in enumerate(calls) if line.startswith("rename"))
+    before = [line.partition("(")[0] for line in calls[:moved]]
+    assert "fsync" in before and before[-1] == "unlink", calls
+    assert not any("fsync" in line and ".import" in line
+                   for line in calls[before.index("unlink"):]), calls
+    assert rows(old_store) == expected(GOOD)
