@@ -528,11 +528,12 @@ from urllib.parse import parse_qsl, unquote
 SOCKET = "/var/ossec/queue/sockets/agent_key_request"
 TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL,
     ip VARCHAR(64), agent_key VARCHAR(128) NOT NULL);"""
+ON_NETWORK = " ".join(NETWORK.split())
 INDEXES = {
     "agent_id": "CREATE INDEX agent_id ON agent (id);",
     "agent_ip": "CREATE INDEX agent_ip ON agent (ip);",
-    "agent_network": "CREATE INDEX agent_network ON agent ({0}, ip) WHERE {0} IS NOT NULL;"
-    .format(" ".join(NETWORK.split()))}
+    "agent_network": "CREATE INDEX agent_network ON agent (%s, ip) WHERE %s IS NOT NULL;" % (
+        ON_NETWORK, ON_NETWORK)}
 NOBODY = "00000000"       # an id that no agent has
 REQUEST_LIMIT = 128       # bytes; the manager's longest is `ip:` and 39
 DRAIN = 1.5               # seconds that who has connected is still waited for when the server stops
@@ -944,21 +945,18 @@ DIALECTS = {  # `indexes`: SQL for the name and the leading column of each index
         "indexes": """SELECT index_name, column_name FROM information_schema.statistics
             WHERE table_schema = database() AND table_name = 'agent' AND seq_in_index = 1""",
         "network": "network", "ip": "ip",
-        "index": "ALTER TABLE agent ADD COLUMN network VARCHAR(64) AS ({0}) VIRTUAL, "
-                 "ADD INDEX agent_network (network, ip);"  # MariaDB has none on an expression
-                 .format(" ".join(NETWORK.split()))},
+        "index": "ALTER TABLE agent ADD COLUMN network VARCHAR(64) AS (%s) VIRTUAL, ADD INDEX "
+                 "agent_network (network, ip);" % ON_NETWORK},  # MariaDB has none on an expression
     "postgresql": {
         "drivers": ("psycopg", "psycopg2"),
         "read only": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
         "indexes": """SELECT class.relname, attname FROM pg_index JOIN pg_class class
             ON class.oid = indexrelid LEFT JOIN pg_attribute ON attrelid = indrelid
             AND attnum = indkey[0] WHERE indrelid = 'agent'::regclass""",
-        "network": NETWORK.replace("instr", "strpos"), "ip": 'ip COLLATE "C"',
-        "index": 'CREATE INDEX agent_network ON agent (({0}), (ip COLLATE "C"));'
-                 .format(" ".join(NETWORK.replace("instr", "strpos").split()))}}
+        "network": ON_NETWORK.replace("instr", "strpos"), "ip": 'ip COLLATE "C"',
+        "index": 'CREATE INDEX agent_network ON agent ((%s), (ip COLLATE "C"));' % (
+            ON_NETWORK.replace("instr", "strpos"))}}
 PAUSE = 5.0               # seconds until a database that has not answered in time is asked again
-
-
 URL = re.compile(  # what is special in a user, a password or a database is percent-encoded
     r"(\w+)://(?:([^:@/?#]*)(?::([^:@/?#]*))?@)?(\[[^]@/?#]*\]|[^:@/?#]*)(?::([0-9]{1,5}))?"
     r"(?:/([^@/?#]*))?(?:\?([^#]*))?\Z")
@@ -967,15 +965,16 @@ URL = re.compile(  # what is special in a user, a password or a database is perc
 def shown(name):
     """A source for people to see: of a URL, neither a password nor what else the driver gets."""
     match = URL.match(name)
-    if not is_url(name):
-        return name
-    return "%s://%s@%s/%s" % match.group(1, 2, 4, 6) if match else name.partition(":")[0] + "://..."
+    if not is_url(name) or not match:
+        return name.partition(":")[0] + ":" if is_url(name) else name
+    scheme, user, _, host, _, database, _ = match.groups("")
+    return "%s://%s%s/%s" % (scheme, user and user + "@", host, database)
 
 
 def secrets_of(name):
     """The passwords in a URL, as they are written there and decoded."""
     match = URL.match(name)
-    pairs = [pair.partition("=") for pair in ((match and match.group(7)) or "").split("&")]
+    pairs = [pair.partition("=") for pair in (match.group(7) or "").split("&")] if match else []
     written = [value for field, _, value in pairs if field in ("password", "passwd", "sslpassword")]
     written += [match.group(3)] if match and match.group(3) else []
     return written + [unquote(value) for value in written]
