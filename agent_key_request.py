@@ -1322,7 +1322,7 @@ def check_source(name, seconds, findings):
             source.find(option, value)  # a column's type may not go with it
         for cure in missing_indexes(source) if source.live else ():
             findings.tell("note", "", "an index is missing, and requests are slow: " + cure)
-    except (Reply, OSError) as problem:
+    except (Reply, OSError, _sqlite3.Error) as problem:
         findings.tell("error", "", getattr(problem, "message", MESSAGES[2] + str(problem)))
     if is_url(name) and secrets_of(name):
         findings.tell("note", "", "a password stands in the URL, where `ps` may show it: put it "
