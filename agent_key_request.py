@@ -642,11 +642,13 @@ class PatientServer(socketserver.UnixStreamServer):
         now = time.monotonic()
         if now > self.next_round:
             self.next_round = now + 0.02
-            for client in list(self.clients.values()):
+            for number, client in list(self.clients.items()):
                 if client.asked:
                     self.respond(client)
                 elif now > client.deadline:
-                    self.drop(client)
+                    self.process_request(client, number)  # a slow database may have held it up
+                    if not client.asked:
+                        self.drop(client)
             self.log.flush()
 
 
