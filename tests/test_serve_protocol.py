@@ -454,6 +454,31 @@ def test_short_lock_is_waited_for(stores: Stores, tmp_path: Path) -> None:
     assert {error_of(answer) for _, answer in results} == {0}
 
 
+ENDLESS = """CREATE VIEW agent AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)
+    SELECT i AS id, 'a' AS name, 'any' AS ip, 'k' AS agent_key FROM n WHERE i < 0"""
+
+
+def test_who_asks_while_a_query_takes_long_is_answered(tmp_path: Path) -> None:
+    """He was accepted long ago, but has not been silent: the server has not looked."""
+    source = tmp_path / "endless.db"
+    with contextlib.closing(sqlite3.connect(source)) as database:
+        database.execute(ENDLESS)
+    options = ("--workers", "1", "--timeout", "1")
+    with (
+        serving(source, tmp_path / "sock", *options) as server,
+        connect(server.path) as patient,
+        connect(server.path) as health_check,
+    ):
+        health_check.shutdown(socket.SHUT_WR)
+        until(lambda: is_closed(health_check), "the one before it to be accepted, too")
+        with connect(server.path) as first:
+            first.send(b"id:001")
+            time.sleep(0.3)  # the query takes a second
+            patient.send(b"id:002")
+            assert error_of(first.recv(65536)) == 2
+        assert error_of(patient.recv(65536)) == 2
+
+
 def test_silent_and_health_checks_while_the_source_is_locked(
     stores: Stores, tmp_path: Path
 ) -> None:
