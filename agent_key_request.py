@@ -946,6 +946,8 @@ DIALECTS = {  # `indexes`: SQL for the name and the leading column of each index
         "read only": "SET SESSION TRANSACTION READ ONLY",
         "indexes": """SELECT index_name, column_name FROM information_schema.statistics
             WHERE table_schema = database() AND table_name = 'agent' AND seq_in_index = 1""",
+        "views": "information_schema.views WHERE table_schema = database() "
+                 "AND table_name = 'agent'",
         "network": "network", "ip": "ip",
         "index": "ALTER TABLE agent ADD COLUMN network VARCHAR(64) AS (%s) VIRTUAL, ADD INDEX "
                  "agent_network (network, ip);" % ON_NETWORK},  # MariaDB has none on an expression
@@ -955,13 +957,14 @@ DIALECTS = {  # `indexes`: SQL for the name and the leading column of each index
         "indexes": """SELECT class.relname, attname FROM pg_index JOIN pg_class class
             ON class.oid = indexrelid LEFT JOIN pg_attribute ON attrelid = indrelid
             AND attnum = indkey[0] WHERE indrelid = 'agent'::regclass""",
+        "views": "pg_class WHERE oid = 'agent'::regclass AND relkind = 'v'",
         "network": ON_NETWORK.replace("instr", "strpos"), "ip": 'ip COLLATE "C"',
         "index": 'CREATE INDEX agent_network ON agent ((%s), (ip COLLATE "C"));' % (
             ON_NETWORK.replace("instr", "strpos"))}}
 PAUSE = 5.0               # seconds until a database that has not answered in time is asked again
 URL = re.compile(  # what is special in a user, a password or a database is percent-encoded
     r"(\w+)://(?:([^:@/?#]*)(?::([^:@/?#]*))?@)?(\[[^]@/?#]*\]|[^:@/?#]*)(?::([0-9]{1,5}))?"
-    r"(?:/([^@/?#]*))?(?:\?([^#]*))?\Z")
+    r"(?:/([^@/?#]*))?(?:\?((?:\w+=[^@#&;]*&?)*))?\Z")
 
 
 def shown(name):
@@ -1298,7 +1301,7 @@ def missing_indexes(source):
     """The statements that would make the missing indexes of a database; none for a view."""
     cures, views = dict(INDEXES), "sqlite_master WHERE name = 'agent' AND type = 'view'"
     if isinstance(source, Database):
-        views = "information_schema.views WHERE table_name = 'agent'"
+        views = source.dialect["views"]
     if list(source.query("SELECT 1 FROM " + views)):
         return []
     if isinstance(source, Database):

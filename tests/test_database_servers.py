@@ -266,6 +266,17 @@ def test_other_column_types(setup: Setup, stores: Stores, types: str) -> None:
     assert_same_answers(setup, stores.sqlite(rows, UNTYPED_SCHEMA), REQUESTS)
 
 
+@pytest.mark.parametrize("kind", ["NUMERIC", "DECIMAL(8, 2)"])
+def test_id_that_is_a_decimal(setup: Setup, kind: str) -> None:
+    """Some schemas have numbers as such: 1, or 1.00, is agent 001."""
+    columns = database_servers.WIDE_COLUMNS.replace("id VARCHAR(8)", "id " + kind)
+    setup.server.load([(1, *ROWS[0][1:])], columns)
+    expected = {"id": "001", "name": "my_agent", "ip": "192.168.1.100", "key": KEY}
+    assert setup("id", "001").data == setup("ip", "192.168.1.100").data == expected
+    assert setup("id", "002").error == 4
+    assert command(setup, "--db", setup.server.url(), "--check").returncode == 0
+
+
 def test_view_over_another_schema(either: Setup, stores: Stores) -> None:
     """As with SQLite: another schema is served through a view."""
     server = either.server
@@ -473,14 +484,71 @@ def test_password_behind_another_scheme(ask: Caller, scheme: str) -> None:
     assert_no_password(answer.output)
 
 
-@pytest.mark.parametrize("by", ["option", "environment"])
+@pytest.mark.parametrize("url", [
+    "mysql://u:piece#piece/piece?piece@127.0.0.1/wazuh", "postgresql://u:pa?piece@h/d",
+    "mysql:/u:piece@h/d", "mysql:u:piece@h", "postgresql:u:piece@h/d", "mysql://u:piece@piece@h/d",
+    "mysql://u:12?piece=x@127.0.0.1/d", "mysql://u:12/piece?x@h/d", "mysql://u@h/d?%70assword=piece",
+])
+def test_password_that_is_not_percent_encoded(ask: Caller, tmp_path: Path, url: str) -> None:
+    """Nobody knows then where the password ends: nothing of it is told."""
+    answer = ask("id", "001", db=url)
+    assert answer.error == 2
+    assert b"piece" not in answer.output.lower()
+    setup = Setup(None, ask, "")  # type: ignore[arg-type]
+    store = tmp_path / "agents.db"
+    for words in (["--db", url, "--check"], ["--db", url, "--check", "--json"],
+                  ["--db", store, "--import", url], ["--db", url, "--import", SAMPLE]):
+        done = command(setup, *words)
+        assert done.returncode == 1
+        assert "piece" not in (done.stdout + done.stderr).lower(), words
+    assert os.listdir(ask.folder) == [] and not store.exists()
+
+
+QUERY_FIELDS = {"mysql": ("password", "passwd"), "postgresql": ("password",)}
+
+
+def url_with_password_in_the_query(server: Server, field: str, password: str = PASSWORD) -> str:
+    """A URL as some take it from a connection string."""
+    parameters = {server.secrets_parameter: "", field: quote(password, safe="")}
+    return server.url(parameters=parameters)
+
+
+def test_password_in_the_query(setup: Setup) -> None:
+    """It works, --check warns of it, and a wrong one is not told."""
+    server = setup.server
+    server.load(ROWS[:1])
+    for field in QUERY_FIELDS[server.scheme]:
+        url = url_with_password_in_the_query(server, field)
+        assert setup("id", "001", url=url).data["key"] == KEY
+        checked = command(setup, "--db", url, "--check")
+        assert checked.returncode == 0
+        assert "a password stands in the URL" in checked.stdout
+        url = url_with_password_in_the_query(server, field, WRONG)
+        answer = setup("id", "001", url=url)
+        assert answer.error == 2 and READER in answer.message
+        checked = command(setup, "--db", url, "--check")
+        assert checked.returncode == 1 and READER in checked.stdout
+
+
+@pytest.mark.parametrize("words", [["--db", "://"], ["--db=://"], ["--socket", "://"]])
+def test_hidden_url_that_is_nowhere(ask: Caller, words: list[str]) -> None:
+    """The command line has this in the place of a URL with a password; a person may type it."""
+    assert ask(*words, "id", "001").error == 1
+    setup = Setup(None, ask, "")  # type: ignore[arg-type]
+    assert command(setup, *words, "--check").returncode == 1
+
+
+@pytest.mark.parametrize("by", ["option", "environment", "query"])
 def test_password_is_not_in_a_process_title(either: Setup, open_folder: Path, by: str) -> None:
     """Whoever runs `ps` while the server runs does not see it, however it was given."""
     either.server.load(ROWS[:1])
     url = either.server.url(password=PASSWORD)
+    if by == "query":
+        field = QUERY_FIELDS[either.server.scheme][-1]
+        url = url_with_password_in_the_query(either.server, field)
     path = open_folder / "s"
-    words = serve_command(url if by == "option" else None, path, python=either.python)
-    env = {} if by == "option" else {"AGENT_KEY_DB": url}
+    words = serve_command(None if by == "environment" else url, path, python=either.python)
+    env = {"AGENT_KEY_DB": url} if by == "environment" else {}
     with started(words, path, env=env) as server:
         server.wait_ready()
         assert server.reply("id:001")["error"] == 0
@@ -488,6 +556,22 @@ def test_password_is_not_in_a_process_title(either: Setup, open_folder: Path, by
         assert SCRIPT.name in told
         assert_no_password(told)
         assert_no_password("\n".join(server.lines))
+
+
+@pytest.mark.parametrize("driver", DRIVERS["postgresql"])
+def test_warning_of_a_library_is_not_in_the_answer(
+    request: pytest.FixtureRequest, tmp_path: Path, driver: str
+) -> None:
+    """The manager reads stderr too: libpq tells there of a password file that others may read."""
+    setup = set_up(request, "postgresql", driver)
+    setup.server.load(ROWS[:1])
+    path = tmp_path / "secrets"
+    setup.server.write_secrets(str(path))
+    path.chmod(0o644)
+    unread = setup.server.url(parameters={"passfile": str(path)})
+    assert setup("id", "001", url=unread).error == 2  # libpq does not read it, either
+    checked = command(setup, "--db", unread, "--check")
+    assert str(path) in checked.stderr, "libpq does not warn"
 
 
 def test_parameters_go_to_the_driver(either: Setup, tmp_path: Path) -> None:
@@ -895,6 +979,73 @@ def test_check(setup: Setup) -> None:
     done = command(setup, "--db", setup.server.url(), "--check")
     assert done.returncode == 1
     assert "Cannot read key source" in done.stdout
+
+
+@pytest.mark.parametrize("driver", DRIVERS["postgresql"])
+def test_check_of_an_inet_column(request: pytest.FixtureRequest, driver: str) -> None:
+    """PostgreSQL finds no text in it: a request by ip is error 2, and --check says so before."""
+    setup = set_up(request, "postgresql", driver)
+    columns = database_servers.WIDE_COLUMNS.replace("ip VARCHAR(64)", "ip INET")
+    setup.server.load(ROWS[:1], columns)
+    answer = setup("ip", "192.168.1.100")
+    assert answer.error == 2 and "inet" in answer.message
+    done = command(setup, "--db", setup.server.url(), "--check")
+    assert done.returncode == 1
+    assert re.search(r"^error: Cannot read key source: .*inet", done.stdout, re.MULTILINE)
+
+
+STATEMENT = re.compile(r"(?:CREATE INDEX|ALTER TABLE)\b.*;")
+
+
+def test_indexes_of_another_table_do_not_count(either: Setup, stores: Stores) -> None:
+    """One of the same name in another schema has them all, and the one that is asked has none."""
+    server = either.server
+    server.load(ROWS[:10], indexes=())
+    before = STATEMENT.findall(command(either, "--db", server.url(), "--check").stdout)
+    assert len(before) == 3
+    server.sql(f"CREATE SCHEMA other; CREATE TABLE other.agent ({database_servers.WIDE_COLUMNS});")
+    try:
+        if isinstance(server, PostgreSQL):
+            server.sql(f"GRANT USAGE ON SCHEMA other TO {READER}")
+        server.sql(f"GRANT SELECT ON other.agent TO {READER}")
+        for statement in before:
+            server.sql(re.sub(r"\b(ON|TABLE) agent\b", r"\1 other.agent", statement))
+        done = command(either, "--db", server.url(), "--check")
+        assert STATEMENT.findall(done.stdout) == before
+        requests = [("id", "001"), ("id", "100"), *(("ip", ip) for ip in IPS[:12])]
+        assert_same_answers(either, stores.sqlite(ROWS[:10]), requests)
+    finally:
+        server.sql("DROP TABLE other.agent; DROP SCHEMA other")
+
+
+def test_check_of_a_view(either: Setup) -> None:
+    """A view takes no index."""
+    server = either.server
+    server.load(ROWS[:3])
+    server.sql("ALTER TABLE agent RENAME TO host;"
+               "CREATE VIEW agent AS SELECT id, name, ip, agent_key FROM host")
+    server.grant()
+    done = command(either, "--db", server.url(), "--check")
+    assert done.returncode == 0
+    assert "ON agent" not in done.stdout and not STATEMENT.search(done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("place", ["", "127.0.0.1"])
+def test_check_and_import_of_a_frozen_server(setup: Setup, tmp_path: Path, place: str) -> None:
+    """They end, too, and say why."""
+    setup.server.load(ROWS[:1])
+    url, store = setup.server.url(host=place), tmp_path / "agents.db"
+    setup.server.freeze()
+    try:
+        for words in (["--db", url, "--check"], ["--db", store, "--import", url]):
+            began = time.monotonic()
+            done = command(setup, "--timeout", "2", *words)
+            assert done.returncode == 1, words
+            assert "Cannot read key source" in done.stdout + done.stderr
+            assert time.monotonic() - began < DEADLINE
+    finally:
+        setup.server.thaw()
+    assert not store.exists()
 
 
 # --- MariaDB's own client ----------------------------------------------------------------------
