@@ -688,6 +688,12 @@ def load(name, seconds):
     return SqlSource(connection, time.monotonic() + seconds, from_text=True)
 
 
+def unreadable(name, problem):
+    """The message for an exception that keeps a source from being read."""
+    reason = getattr(problem, "strerror", None) or problem
+    return getattr(problem, "message", "%s%s: %s" % (MESSAGES[2], shown(name), reason))
+
+
 class Log:
     """Lines on stderr, of one process; without -v, repeats are summed up once a minute."""
 
@@ -758,7 +764,7 @@ class Supervisor:
             self.loaded = load(self.name, self.seconds)
             self.log.waiting.append("info: source " + shown(self.name))
         except (Reply, OSError) as problem:  # OSError: it went away while it was being read
-            message = getattr(problem, "message", MESSAGES[2] + str(problem))
+            message = unreadable(self.name, problem)
             locked = getattr(problem, "locked", False)
             self.loaded = None if locked else message[len(MESSAGES[2]):]
             self.log.count("error: " + message)
@@ -1328,7 +1334,7 @@ def check_source(name, seconds, findings):
         for cure in missing_indexes(source) if source.live else ():
             findings.tell("note", "", "an index is missing, and requests are slow: " + cure)
     except (Reply, OSError, _sqlite3.Error) as problem:
-        findings.tell("error", "", getattr(problem, "message", MESSAGES[2] + str(problem)))
+        findings.tell("error", "", unreadable(name, problem))
     if is_url(name) and secrets_of(name):
         findings.tell("note", "", "a password stands in the URL, where `ps` may show it: put it "
                       "into a file (README.md)")

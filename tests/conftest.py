@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import database_servers
 import pytest
+from database_servers import MariaDB, PostgreSQL
 from manager import Answer, check_answer, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -256,3 +258,23 @@ def locked() -> Iterator[Callable[[Path], None]]:
     yield lock
     for holder in holders:
         holder.close()
+
+
+@pytest.fixture(scope="module")
+def mariadb() -> Iterator[MariaDB]:
+    """A MariaDB server for all tests of a file."""
+    server, reason = database_servers.start_mariadb()
+    if server is None:
+        pytest.skip("MariaDB: " + reason)
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A PostgreSQL server for all tests of a file."""
+    server, reason = database_servers.start_postgresql()
+    if server is None:
+        pytest.skip("PostgreSQL: " + reason)
+    yield server
+    server.remove()

@@ -30,26 +30,6 @@ LIMIT = 120.0  # seconds for an import or a check
 # --- servers and drivers -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mariadb() -> Iterator[MariaDB]:
-    """A MariaDB server for all tests of this file."""
-    server, reason = database_servers.start_mariadb()
-    if server is None:
-        pytest.skip("MariaDB: " + reason)
-    yield server
-    server.remove()
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[PostgreSQL]:
-    """A PostgreSQL server for all tests of this file."""
-    server, reason = database_servers.start_postgresql()
-    if server is None:
-        pytest.skip("PostgreSQL: " + reason)
-    yield server
-    server.remove()
-
-
 class Host:
     """Interpreters that each see one driver, like a host with that one package."""
 

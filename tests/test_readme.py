@@ -21,7 +21,7 @@ from pathlib import Path
 import database_servers
 import pytest
 from conftest import ROOT, SAMPLE, SCRIPT, Caller, Python, interpreters
-from database_servers import DRIVERS, READER, WIDE_COLUMNS, MariaDB, PostgreSQL, Server
+from database_servers import DRIVERS, READER, WIDE_COLUMNS, MariaDB, Server
 from serving import Load, agent_answered, serving, started, until
 
 README = (ROOT / "README.md").read_text()
@@ -345,26 +345,6 @@ def test_server_is_hardened(tmp_path: Path, names: tuple[str, ...]) -> None:
 
 
 # --- database servers --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mariadb() -> Iterator[MariaDB]:
-    """A MariaDB server for all tests of this file."""
-    server, reason = database_servers.start_mariadb()
-    if server is None:
-        pytest.skip("MariaDB: " + reason)
-    yield server
-    server.remove()
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[PostgreSQL]:
-    """A PostgreSQL server for all tests of this file."""
-    server, reason = database_servers.start_postgresql()
-    if server is None:
-        pytest.skip("PostgreSQL: " + reason)
-    yield server
-    server.remove()
 
 
 def lone_python(folder: Path, driver: str) -> Python:
