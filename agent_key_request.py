@@ -247,8 +247,8 @@ class SqlSource:
         connection.text_factory = bytes  # text that is not UTF-8 must not stop a query
         connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
         list(self.query(ROWS + " LIMIT 0"))
-        self.indexed = bool(list(self.query("PRAGMA index_info(agent_network)")))
-        self.networks = rows_by_network(NETWORK if self.indexed else "", "ip")
+        indexed = list(self.query("PRAGMA index_info(agent_network)"))
+        self.networks = rows_by_network(NETWORK if indexed else "", "ip")
 
     def query(self, sql, values=()):
         """Iterator of rows; raises Reply."""
@@ -1314,11 +1314,11 @@ def missing_indexes(source):
         cures["agent_network"] = source.dialect["index"]
         have = source.indexes | {"agent_" + word for word in source.indexes}
     else:
-        have = {"agent_network"} if source.indexed else set()
-        for column in ("id", "ip"):
-            plan = source.query("EXPLAIN QUERY PLAN SELECT 1 FROM agent WHERE %s = ''" % column)
+        have = set()
+        for index, sorted_by in zip(INDEXES, ("id", "ip", NETWORK)):
+            plan = source.query("EXPLAIN QUERY PLAN SELECT 1 FROM agent WHERE %s = ''" % sorted_by)
             if not any(b"SCAN" in row[3] for row in plan):
-                have.add("agent_" + column)
+                have.add(index)
     return [cure for index, cure in cures.items() if index not in have]
 
 
