@@ -247,8 +247,7 @@ class SqlSource:
         connection.text_factory = bytes  # text that is not UTF-8 must not stop a query
         connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
         list(self.query(ROWS + " LIMIT 0"))
-        indexed = list(self.query("PRAGMA index_info(agent_network)"))
-        self.networks = rows_by_network(NETWORK if indexed else "", "ip")
+        self.networks = ""  # SQL that no request by id needs
 
     def query(self, sql, values=()):
         """Iterator of rows; raises Reply."""
@@ -272,6 +271,9 @@ class SqlSource:
         if option == "id":
             values = {"id": value, "number": int(value), "padding": " " * 128}
             return list(self.query(ROWS_BY_ID, values))
+        if not self.networks:
+            indexed = list(self.query("PRAGMA index_info(agent_network)"))
+            self.networks = rows_by_network(NETWORK if indexed else "", "ip")
         return list(self.query(ROWS_BY_IP + BLOBS + self.networks, address_values(*value)))
 
 
@@ -731,7 +733,10 @@ class Log:
         text = "".join(["agent_key_request: %s\n" % printable(line[:2000]) for line in lines])
         while text and writable.poll(0):
             end = text.rfind("\n", 0, 4096) + 1  # what a pipe takes in one piece
-            posix.write(2, text[:end].encode("ascii"))
+            try:
+                posix.write(2, text[:end].encode("ascii"))
+            except OSError:  # who read the log has gone
+                return
             text = text[end:]
 
 
@@ -1358,7 +1363,8 @@ def check_server(path, seconds, findings):
     text = "server %s: %s" % (path, answered)
     if not answered.startswith("error 4"):  # what it should say of an id that nobody has
         findings.tell("error", "", text)
-    elif not findings.as_json:
+        text = "server %s: no sound answer" % path
+    if not findings.as_json:
         say(1, "%s, in %s" % (text, took))
     return {"socket": path, "answer": answered, "took": took}
 

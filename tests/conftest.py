@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import database_servers
 import pytest
@@ -260,21 +260,24 @@ def locked() -> Iterator[Callable[[Path], None]]:
         holder.close()
 
 
+DatabaseServer = TypeVar("DatabaseServer", bound=database_servers.Server)
+
+
+def _running(server: DatabaseServer | None, reason: str) -> Iterator[DatabaseServer]:
+    """Give a database server and take it away again, or skip the test and say why."""
+    if server is None:
+        pytest.skip(reason)
+    yield server
+    server.remove()
+
+
 @pytest.fixture(scope="module")
 def mariadb() -> Iterator[MariaDB]:
     """A MariaDB server for all tests of a file."""
-    server, reason = database_servers.start_mariadb()
-    if server is None:
-        pytest.skip("MariaDB: " + reason)
-    yield server
-    server.remove()
+    yield from _running(*database_servers.start_mariadb())
 
 
 @pytest.fixture(scope="module")
 def postgresql() -> Iterator[PostgreSQL]:
     """A PostgreSQL server for all tests of a file."""
-    server, reason = database_servers.start_postgresql()
-    if server is None:
-        pytest.skip("PostgreSQL: " + reason)
-    yield server
-    server.remove()
+    yield from _running(*database_servers.start_postgresql())

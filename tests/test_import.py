@@ -535,7 +535,8 @@ def test_store_that_is_no_database(ask: Caller, stores: Stores, tmp_path: Path) 
     folder.mkdir()
     keys = folder / "client.keys"
     keys.write_text("001 a any k\n")
-    refused(ask, keys, stores.csv(GOOD))
+    run = refused(ask, keys, stores.csv(GOOD))
+    assert run.lines[-1].endswith(f"SQLite file of {keys}, which is none")  # before it reads FILE
 
 
 def test_store_in_a_folder_that_is_not_there(ask: Caller, stores: Stores, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPT, Stores
+from manager import ask_socket
 from serving import (
     INDEXED,
     LIMIT,
@@ -524,6 +525,27 @@ def test_end_with_a_locked_source(store: Path, tmp_path: Path) -> None:
                 assert server.stop() < END_LIMIT
                 answers = [connection.recv(65536) for connection in connections]
     assert not [fault for fault in map(any_answer, REQUESTS, answers) if fault]
+
+
+def test_log_that_nobody_reads_any_more(store: Path, tmp_path: Path) -> None:
+    """As when journald has been started again: its end of the pipe has gone."""
+    reader, writer = os.pipe()
+    path = tmp_path / "sock"
+    process = subprocess.Popen(serve_command(store, path, "--workers", "1"), stderr=writer)
+    try:
+        os.close(writer)
+        with open(reader) as log:
+            until(lambda: "ready" in log.readline(), "readiness")
+        (worker,) = children_of(process.pid)
+        for request in REQUESTS[:20]:
+            assert agent_answered(request, ask_socket(path, request).output) == ""
+            time.sleep(0.02)  # a worker writes its log that often
+        assert children_of(process.pid) == [worker]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_second_signal_does_no_harm(server: Server) -> None:
