@@ -1,40 +1,47 @@
-# make run: try it. make test, lint, bench, install: see README.md.
+# make run: try it. make test, lint, bench, install, uninstall, clean: see README.md.
 PREFIX = /usr/local
 DESTDIR =
 PYTHON = python3
 VENV = .venv
 SCRIPT = agent_key_request.py
+BIN = $(DESTDIR)$(PREFIX)/bin
+PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 20
 
-.PHONY: run test lint bench install clean
+.PHONY: run test lint bench install uninstall clean
 
 run:
 	./$(SCRIPT) --db sample.db.sql id 001
 	./$(SCRIPT) --db sample.db.sql ip 192.168.1.100
 
+# With the pytest of the system's Python, or one of our own; over one interpreter if none is named.
 test:
-	@if $(PYTHON) -c 'import pytest' 2>/dev/null; then $(PYTHON) -m pytest -q tests; else \
-	  test -x $(VENV)/bin/pytest || \
-	    { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q pytest; } && \
-	  $(VENV)/bin/python -m pytest -q tests; fi
+	@python=$(PYTHON); $$python -c 'import pytest' 2>/dev/null || { \
+	  python=$(VENV)/bin/python; $$python -c 'import pytest' 2>/dev/null || \
+	  { $(PYTHON) -m venv $(VENV) && $(PIP) pytest; } >/dev/null 2>&1 || { \
+	    echo "make test: pytest is missing: install it (Debian: apt-get install python3-pytest)" >&2; exit 1; }; }; \
+	: "$${AGENT_KEY_PYTHONS:=$$(PATH=/usr/bin:/bin command -v python3 || command -v $(PYTHON))}"; \
+	export AGENT_KEY_PYTHONS; exec $$python -m pytest -q -rs tests
 
-# One room is a text to Python (the script says why); lint reads it as the code it is.
-lint: $(VENV)/bin/mypy
-	mkdir -p .lint
-	sed -e "s/^\(LATER_ROOM = \).*, r'''$$/\1(1, '')/" -e "/^'''  # end of LATER_ROOM$$/d" $(SCRIPT) > .lint/$(SCRIPT)
-	$(VENV)/bin/ruff check $(SCRIPT) .lint/$(SCRIPT) tests
-	$(VENV)/bin/mypy .lint/$(SCRIPT)
-
-$(VENV)/bin/mypy:
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q pytest ruff mypy
+lint:
+	@$(VENV)/bin/python -m ruff --version >/dev/null 2>&1 && $(VENV)/bin/python -m mypy --version >/dev/null 2>&1 || \
+	  { $(PYTHON) -m venv $(VENV) && $(PIP) pytest ruff mypy; } >/dev/null 2>&1 || { \
+	    echo "make lint: ruff and mypy are missing, and could not be installed in $(VENV)" >&2; exit 1; }
+	$(VENV)/bin/python -m ruff check $(SCRIPT) tests
+	$(VENV)/bin/python -m mypy $(SCRIPT)
 
 bench:
 	$(PYTHON) tests/bench/bench.py
 
+# It is started once, so that its __pycache__ is there before a read-only /usr is sealed.
 install:
-	install -d $(DESTDIR)$(PREFIX)/bin
+	install -d $(BIN)
 	if [ "$$(id -u)" -eq 0 ]; then owner="-o root -g root"; fi; \
-	install $$owner -m 0755 $(SCRIPT) $(DESTDIR)$(PREFIX)/bin/$(SCRIPT)
+	install $$owner -m 0755 $(SCRIPT) $(BIN)/$(SCRIPT)
+	@$(BIN)/$(SCRIPT) --version >/dev/null 2>&1 || :
+
+uninstall:
+	rm -f $(BIN)/$(SCRIPT) $(BIN)/__pycache__/$(SCRIPT:.py=).cpython-*.pyc
+	@rmdir $(BIN)/__pycache__ 2>/dev/null || :
 
 clean:
-	rm -rf $(VENV) .lint .pytest_cache .mypy_cache .ruff_cache tests/__pycache__
+	rm -rf $(VENV) .pythons .pytest_cache .mypy_cache .ruff_cache __pycache__ tests/__pycache__ tests/.ruff_cache

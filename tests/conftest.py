@@ -5,32 +5,71 @@ from __future__ import annotations
 import csv
 import functools
 import glob
+import importlib.machinery
+import importlib.util
 import os
 import pwd
 import re
 import shutil
 import sqlite3
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import CodeType, ModuleType
+from typing import Any, NamedTuple
 
-import database_servers
 import pytest
-from database_servers import MariaDB, PostgreSQL
 from manager import Answer, check_answer, run
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "agent_key_request.py"
+# A broken copy may be named, to see the tests fail; it keeps the script's name, in another folder.
+SCRIPT = Path(os.environ.get("AGENT_KEY_SCRIPT") or ROOT / "agent_key_request.py").resolve()
 SAMPLE = ROOT / "sample.db.sql"
-SUPPORTED = range(6, 14)  # the minor versions of CPython 3 that the script promises
-KEY = "ac575526e8bbcbcf1d2b7a6e5c4d3f2a1b0c9d8e7f60514233241506a7b8c9d0"
+SUPPORTED = range(6, 16)  # the minor versions of CPython 3 that the script promises
+KEY = "ac575526e8bbcddf6654e5aa0a39fa60a0020e5d34ed1370916368bdaf5f0c71"  # the documentation's
 
 PLAIN_SCHEMA = (
-    "CREATE TABLE agent (id varchar(8), name varchar(128), ip varchar(19), agent_key varchar(128))"
+    "CREATE TABLE agent (id VARCHAR(8), name VARCHAR(128), ip VARCHAR(64), agent_key VARCHAR(128))"
 )
 UNTYPED_SCHEMA = "CREATE TABLE agent (id, name, ip, agent_key)"  # keeps numbers as numbers
+INSERT = "INSERT INTO agent (id, name, ip, agent_key) VALUES (?, ?, ?, ?)"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marks, and end in order at SIGTERM: nothing that a test has started stays behind."""
+    if sys.version_info < (3, 11):
+        raise pytest.UsageError("the tests need Python 3.11 or later (the script does not)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config.addinivalue_line("markers", "slow: takes seconds: many rows, a load, a whole build")
+
+
+# ---------------------------------------------------------------- the script as a module
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Compiles each time: the cache beside the script is the script's own business."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def load_script(path: str | Path = SCRIPT) -> ModuleType:
+    """Import a script as a module of its own: as such it does nothing and has everything."""
+    loader = _Loader("agent_key_request", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+script = load_script()  # `from conftest import script`
+
+
+# ---------------------------------------------------------------- the interpreters
 
 
 class Record(NamedTuple):
@@ -51,7 +90,7 @@ class Python(NamedTuple):
 
 @functools.cache
 def interpreters() -> tuple[Python, ...]:
-    """Find every supported CPython here, or those that AGENT_KEY_PYTHONS names.
+    """Find one of each supported CPython here, or those that AGENT_KEY_PYTHONS names.
 
     The first one is the default: the distribution's own, where there is one.
     """
@@ -60,17 +99,17 @@ def interpreters() -> tuple[Python, ...]:
     for candidate in named or _candidates():
         python = _probe(candidate)
         if python is not None:
-            found.setdefault(os.path.realpath(python.path), python)
+            found.setdefault(candidate if named else python.version.rpartition(".")[0], python)
         elif named:
             raise pytest.UsageError(f"AGENT_KEY_PYTHONS: {candidate} is not a supported CPython")
     return tuple(found.values())
 
 
 def _candidates() -> Iterator[str]:
-    """Give the paths where an interpreter may be: the system's, pyenv's, then PATH."""
-    system = shutil.which("python3", path=os.defpath)
-    if system:
-        yield system
+    """Give the paths where an interpreter may be: the system's, pyenv's, then others."""
+    for path in shutil.which("python3", path=os.defpath), shutil.which("python3"):
+        if path:
+            yield path
     if shutil.which("pyenv"):
         root = subprocess.run(["pyenv", "root"], stdout=subprocess.PIPE, text=True, check=True)
         yield from sorted(glob.glob(root.stdout.strip() + "/versions/*/bin/python3"))
@@ -78,17 +117,31 @@ def _candidates() -> Iterator[str]:
         path = shutil.which(f"python3.{minor}")
         if path:
             yield path
+    yield from sorted(glob.glob(f"{ROOT}/.pythons/usr/bin/python3.??"))  # .ci/newer-pythons
 
 
 def _probe(path: str) -> Python | None:
     """Ask the interpreter at PATH for its own path and version; None where it will not do."""
     code = "import sys; print(sys.executable, sys.version.split()[0], *sys.version_info[:2])"
     command = [path, "-IS", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     match = re.fullmatch(r"(.+) (\S+) 3 (\d+)\n", done.stdout)
     if done.returncode or not match or int(match[3]) not in SUPPORTED:
         return None
     return Python(match[1], match[2])
+
+
+@pytest.fixture(params=interpreters(), ids=lambda python: python.version)
+def interpreter(request: pytest.FixtureRequest) -> Python:
+    """Each interpreter in turn."""
+    python: Python = request.param
+    return python
+
+
+# ---------------------------------------------------------------- a caller
 
 
 class Caller:
@@ -134,6 +187,21 @@ class Caller:
         return check_answer(self.call(*options, *words, **how))
 
 
+@pytest.fixture
+def ask(tmp_path: Path) -> Caller:
+    """Call the script with the default interpreter."""
+    return Caller(interpreters()[0], tmp_path)
+
+
+@pytest.fixture
+def ask_each(interpreter: Python, tmp_path: Path) -> Caller:
+    """Call the script with each interpreter in turn."""
+    return Caller(interpreter, tmp_path)
+
+
+# ---------------------------------------------------------------- sources
+
+
 class Stores:
     """Makes key sources of every kind in one folder."""
 
@@ -152,14 +220,17 @@ class Stores:
         database = sqlite3.connect(str(path))
         with database:
             database.executescript(schema)
-            insert = "INSERT INTO agent (id, name, ip, agent_key) VALUES (?, ?, ?, ?)"
-            database.executemany(insert, rows)
+            database.executemany(INSERT, rows)
         database.close()
         return path
 
+    def untyped(self, rows: Iterable[Sequence[Any]] = (Record(),)) -> Path:
+        """Make a database that keeps every value of ROWS as the type that it is."""
+        return self.sqlite(rows, UNTYPED_SCHEMA)
+
     def indexed(self, rows: Iterable[Sequence[Any]] = (Record(),)) -> Path:
         """Make a database with the schema and the indexes of sample.db.sql."""
-        return self.sqlite(rows, SAMPLE.read_text() + ";DELETE FROM agent;")
+        return self.sqlite(rows, SAMPLE.read_text() + "; DELETE FROM agent;")
 
     def csv(self, rows: Iterable[Sequence[Any]] = (Record(),), name: str = "agents.csv") -> Path:
         """Make a comma-separated file of ROWS with the usual header."""
@@ -178,15 +249,16 @@ class Stores:
         """Make an SQL script that makes a table of ROWS."""
         database = sqlite3.connect(":memory:")
         database.executescript(PLAIN_SCHEMA)
-        database.executemany("INSERT INTO agent VALUES (?, ?, ?, ?)", rows)
-        script = "\n".join(database.iterdump())
+        database.executemany(INSERT, rows)
+        content = "\n".join(database.iterdump())
         database.close()
-        return self.text(script, name)
+        return self.text(content, name)
 
     def make(self, kind: str, rows: Iterable[Sequence[Any]] = (Record(),)) -> Path:
         """Make a source of ROWS, of the KIND that is the name of one of the methods above."""
         makers: dict[str, Callable[[Iterable[Sequence[Any]]], Path]] = {
             "sqlite": self.sqlite,
+            "untyped": self.untyped,
             "indexed": self.indexed,
             "csv": self.csv,
             "keys": self.keys,
@@ -210,42 +282,6 @@ def stores(tmp_path: Path) -> Stores:
 
 
 @pytest.fixture
-def ask(tmp_path: Path) -> Caller:
-    """Call the script with the default interpreter."""
-    return Caller(interpreters()[0], tmp_path)
-
-
-@pytest.fixture(params=interpreters(), ids=lambda python: python.version)
-def interpreter(request: pytest.FixtureRequest) -> Python:
-    """Each interpreter in turn."""
-    python: Python = request.param
-    return python
-
-
-@pytest.fixture
-def ask_each(interpreter: Python, tmp_path: Path) -> Caller:
-    """Call the script with each interpreter in turn."""
-    return Caller(interpreter, tmp_path)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """Give a folder that an unprivileged user can get into (pytest's own is private)."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def nobody() -> int:
-    """Give the user id of an unprivileged user that root can become."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    return pwd.getpwnam("nobody").pw_uid
-
-
-@pytest.fixture
 def locked() -> Iterator[Callable[[Path], None]]:
     """Hold an exclusive lock on a database until the test ends."""
     holders: list[sqlite3.Connection] = []
@@ -260,24 +296,27 @@ def locked() -> Iterator[Callable[[Path], None]]:
         holder.close()
 
 
-DatabaseServer = TypeVar("DatabaseServer", bound=database_servers.Server)
+# ---------------------------------------------------------------- other users
 
 
-def _running(server: DatabaseServer | None, reason: str) -> Iterator[DatabaseServer]:
-    """Give a database server and take it away again, or skip the test and say why."""
-    if server is None:
-        pytest.skip(reason)
-    yield server
-    server.remove()
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Give a folder that an unprivileged user can get into (pytest's own is private)."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def mariadb() -> Iterator[MariaDB]:
-    """A MariaDB server for all tests of a file."""
-    yield from _running(*database_servers.start_mariadb())
+@pytest.fixture
+def open_script(open_folder: Path) -> Path:
+    """Give a copy of the script that every user can start, wherever the checkout is."""
+    return Path(shutil.copy2(SCRIPT, open_folder / SCRIPT.name))
 
 
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[PostgreSQL]:
-    """A PostgreSQL server for all tests of a file."""
-    yield from _running(*database_servers.start_postgresql())
+@pytest.fixture
+def nobody() -> int:
+    """Give the user id of an unprivileged user that root can become."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    return pwd.getpwnam("nobody").pw_uid

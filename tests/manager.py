@@ -1,7 +1,7 @@
 """A stand-in for the Wazuh manager: asks for a key as `wazuh-authd` does, by both methods.
 
 What it does, and what it makes of an answer, is in MANAGER.md ("Executable method",
-"Socket method", "What an answer does to the manager").
+"Socket method", "What an answer does to the manager", "Which ip it takes").
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 RECV_SIZE = 65536  # authd calls recv once, with this size
+REPLY_SIZE = 4096  # bytes: no answer of ours is longer, so that it never waits for its reader
+MESSAGE_SIZE = 500
 BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MANAGER_UMASK = 0o022
 MANAGER_TIMEOUT = 60.0  # seconds, the default of <timeout>
@@ -45,7 +48,7 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """What the answer does to the manager, in one word."""
+        """What the answer does to the manager, in one word or two."""
         if self.timed_out:
             return "timed out"
         if self.status:
@@ -69,6 +72,9 @@ class Answer:
         return record
 
 
+# ---------------------------------------------------------------- what the manager makes of it
+
+
 def read_json(output: bytes) -> dict[str, Any] | None:
     """Read OUTPUT as cJSON does: up to a NUL, and text after the object does not matter."""
     text = output.split(b"\0")[0].decode("utf-8", "surrogateescape").lstrip()
@@ -80,7 +86,7 @@ def read_json(output: bytes) -> dict[str, Any] | None:
 
 
 def judge(reply: dict[str, Any] | None) -> str:
-    """Say what REPLY does to the manager: added, refused, rejected, crashed, poisoned or lost."""
+    """Say what REPLY does: lost, refused, rejected, crashed, or what judge_record says."""
     if reply is None or "error" not in reply:
         return "lost"
     error = reply["error"]
@@ -95,16 +101,73 @@ def judge(reply: dict[str, Any] | None) -> str:
 
 
 def judge_record(agent_id: str, name: str, ip: str, key: str) -> str:
-    """Say what becomes of a record of strings: it is added, rejected, or spoils client.keys."""
-    if "\n" in agent_id + name + key or " " in name or name[:1] in ("!", "#"):
-        return "poisoned"
-    if ip == "any":
-        return "added"
-    try:
-        ipaddress.ip_interface(ip)
-    except ValueError:
+    """Say what becomes of a record of strings: added as it is, changed, rejected, or poison."""
+    if "\n" in agent_id + name + key or " " in name or name[:1] in ("!", "#", ".", ""):
+        return "poisoned"  # a line too many, one it cannot read, or its own folders emptied
+    if not re.fullmatch("[0-9]+", agent_id) or agent_id != f"{int(agent_id):03d}" or not key:
+        return "poisoned"  # an id that client.keys and the manager's database write differently
+    if stored_ip(ip) is None:
         return "rejected"
-    return "added"
+    return "added" if comes_back(ip) else "changed"
+
+
+GROUP = re.compile("[0-9a-fA-F]{1,4}")
+BYTES = {str(number) for number in range(256)}
+
+
+def is_quad(text: str) -> bool:
+    """Whether TEXT is an IPv4 address: four numbers up to 255, without zeros in front."""
+    numbers = text.split(".")
+    return len(numbers) == 4 and BYTES.issuperset(numbers)
+
+
+def ipv6_groups(address: str) -> list[str] | None:
+    """Give the eight groups of an IPv6 ADDRESS in hexadecimal alone; None where it is none."""
+    front, gap, back = address.partition("::")
+    groups = [side.split(":") if side else [] for side in (front, back)]
+    count = sum(map(len, groups))
+    if not all(GROUP.fullmatch(group) for side in groups for group in side):
+        return None
+    if count != 8 if not gap else count > 7:
+        return None
+    return [*groups[0], *["0"] * (8 - count), *groups[1]]
+
+
+def stored_ip(ip: str) -> str | None:
+    """Give what the manager's check (OS_IsValidIP) makes of an agent's IP; None: `Not valid IP`."""
+    if ip == "any":
+        return ip
+    address, slash, length = ip.partition("/")
+    quad = address[7:] if address[:7].lower() == "::ffff:" else address
+    if is_quad(quad):
+        if not slash or is_quad(length):  # a dotted netmask is taken, and lost
+            return quad
+        return f"{quad}/{length}" if re.fullmatch("[12]?[0-9]|3[0-2]", length) else None
+    groups = ipv6_groups(address)
+    if groups is None:
+        return None
+    if slash:
+        if address == "::" or not re.fullmatch("[0-9]?[0-9]|1[01][0-9]|12[0-8]", length):
+            return None
+    expanded = ":".join(group.upper().zfill(4) for group in groups)
+    return f"{expanded}/{int(length)}" if slash and int(length) else expanded  # /0 is lost
+
+
+def comes_back(ip: str) -> bool:
+    """Whether the manager stores just what IP says: the same address, or network without host bits.
+
+    IPv6 is written in another spelling, which is no change.
+    """
+    stored = stored_ip(ip)
+    if stored is None or ip == "any":
+        return stored is not None
+    try:
+        return ipaddress.ip_network(stored) == ipaddress.ip_network(ip)
+    except ValueError:  # host bits
+        return False
+
+
+# ---------------------------------------------------------------- the executable method
 
 
 def run(
@@ -164,6 +227,9 @@ def _terminate(process: subprocess.Popen[bytes], started: float) -> Answer:
     )
 
 
+# ---------------------------------------------------------------- the socket method
+
+
 def ask_socket(path: str | Path, request: str | bytes, timeout: float = MANAGER_TIMEOUT) -> Answer:
     """Send REQUEST (`id:001`) by the socket method: one send, one recv, close."""
     started = time.monotonic()
@@ -179,21 +245,32 @@ def ask_socket(path: str | Path, request: str | bytes, timeout: float = MANAGER_
     return Answer(output, seconds=time.monotonic() - started)
 
 
+# ---------------------------------------------------------------- what holds for every answer
+
+
+def check_line(line: bytes) -> dict[str, Any]:
+    """Assert what holds for every answer, by any method or in the process; give the JSON object."""
+    assert line.endswith(b"\n") and line.count(b"\n") == 1, line
+    assert len(line) <= REPLY_SIZE, len(line)
+    assert all(32 <= byte < 127 for byte in line[:-1]), line
+    reply: dict[str, Any] = json.loads(line)
+    assert line.decode() == json.dumps(reply) + "\n", line
+    assert type(reply["error"]) is int, line
+    verdict = judge(read_json(line))
+    if reply["error"] == 0:
+        assert list(reply) == ["error", "data"], line
+        assert list(reply["data"]) == list(FIELDS), line
+        assert verdict == "added", (verdict, line)
+    else:
+        assert list(reply) == ["error", "message"], line
+        assert len(reply["message"]) <= MESSAGE_SIZE, line
+        assert verdict == "refused", (verdict, line)
+    return reply
+
+
 def check_answer(answer: Answer) -> Answer:
     """Assert what holds for every answer of a one-shot call, and give it back."""
     assert not answer.timed_out, answer
     assert answer.status in (0, None), answer
-    line = answer.output
-    assert line.endswith(b"\n") and line.count(b"\n") == 1, line
-    assert all(32 <= byte < 127 for byte in line[:-1]), line
-    reply = json.loads(line)
-    assert line.decode() == json.dumps(reply) + "\n", line
-    assert type(reply["error"]) is int, line
-    if reply["error"] == 0:
-        assert list(reply) == ["error", "data"], line
-        assert list(reply["data"]) == list(FIELDS), line
-        assert answer.verdict == "added", (answer.verdict, line)
-    else:
-        assert list(reply) == ["error", "message"], line
-        assert answer.verdict == "refused", (answer.verdict, line)
+    check_line(answer.output)
     return answer

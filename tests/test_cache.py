@@ -1,0 +1,276 @@
+"""The header's loader: Python's own cache of the script, for speed, and never for a stranger."""
+
+from __future__ import annotations
+
+import marshal
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPT, Caller
+from manager import Answer, check_answer
+
+SAYS = b"No agent key found"
+CACHED = b"Agent from a cache"  # as long, so that a changed cache is a sound one
+EDITED = b"Nothing found here"
+
+
+class Installed:
+    """A copy of the script in a folder of its own, with a source in another one."""
+
+    def __init__(self, folder: Path, source: Path, ask: Caller) -> None:
+        """Take a FOLDER and a SOURCE, neither of which is there yet."""
+        self.folder, self.ask, self.source = folder, ask, source
+        folder.mkdir(mode=0o755)
+        self.script = Path(shutil.copy(SCRIPT, folder))
+        self.script.chmod(0o755)
+        source.write_text("001 my_agent any k\n")
+        self.caches = folder / "__pycache__"
+
+    @property
+    def cache(self) -> Path:
+        """The one file in `__pycache__`."""
+        [path] = self.caches.iterdir()
+        return path
+
+    def call(self, **how: object) -> Answer:
+        """Ask for an agent that is not there: what says so tells which program has run."""
+        how = {"script": self.script, "db": self.source, **how}
+        return self.ask("id", "003", **how)  # type: ignore[arg-type]
+
+    def says(self, **how: object) -> bytes:
+        """Give the message of the answer."""
+        return self.call(**how).message.encode()
+
+    def tamper(self) -> bytes:
+        """Change a text in the cache, which stays sound, and give what it holds then."""
+        content = self.cache.read_bytes()
+        assert SAYS in content
+        self.cache.write_bytes(content.replace(SAYS, CACHED))
+        return self.cache.read_bytes()
+
+
+@pytest.fixture
+def installed(ask_each: Caller, tmp_path: Path) -> Installed:
+    """An installed script that has not been called yet."""
+    return Installed(tmp_path / "installed", tmp_path / "client.keys", ask_each)
+
+
+# ---------------------------------------------------------------- made, used, made anew
+
+
+def test_made_at_the_first_call_and_used_at_the_second(installed: Installed) -> None:
+    assert installed.says() == SAYS
+    made = installed.cache.stat()
+    assert installed.says() == SAYS
+    assert installed.cache.stat().st_ino == made.st_ino  # not written again
+    tampered = installed.tamper()
+    assert installed.says() == CACHED
+    assert installed.cache.read_bytes() == tampered
+    for style in "python", "isolated":  # which compile each time
+        assert installed.says(style=style) == SAYS
+
+
+def edit_in_place(script: Path, content: bytes) -> None:
+    script.write_bytes(content)
+
+
+def replace(script: Path, content: bytes) -> None:
+    other = script.with_name("other")
+    other.write_bytes(content)
+    other.chmod(0o755)
+    other.replace(script)
+
+
+@pytest.mark.parametrize("edit", [edit_in_place, replace])
+def test_an_edited_script_is_never_run_from_an_old_cache(
+    installed: Installed, edit: Callable[[Path, bytes], None]
+) -> None:
+    """Not even if size and time of the last edit are the same."""
+    before = installed.script.stat()
+    old = installed.script.read_bytes()
+    assert installed.says() == SAYS
+    for content, said in ((old.replace(SAYS, EDITED), EDITED), (old, SAYS)):
+        edit(installed.script, content)
+        os.utime(installed.script, ns=(before.st_atime_ns, before.st_mtime_ns))
+        after = installed.script.stat()
+        assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        assert installed.says() == said
+        assert installed.says() == said  # from the cache that was made anew
+    installed.tamper()
+    assert installed.says() == CACHED
+
+
+def test_another_user_uses_it_too(
+    ask: Caller, open_folder: Path, tmp_path: Path, nobody: int
+) -> None:
+    """And where it cannot write one it does without: no message, nothing left behind."""
+    installed = Installed(open_folder / "installed", open_folder / "client.keys", ask)
+    how = {"style": "exec", "user": nobody, "cwd": "/", "env": {"PATH": os.defpath}}
+    assert installed.says(**how) == SAYS
+    assert not installed.caches.exists()
+    assert installed.says() == SAYS
+    installed.tamper()
+    assert installed.says(**how) == CACHED
+
+
+def test_a_read_only_folder(installed: Installed) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("no mode stops root: test_another_user_uses_it_too does without, too")
+    installed.folder.chmod(0o555)
+    assert installed.says() == installed.says() == SAYS
+    assert not installed.caches.exists()
+    installed.folder.chmod(0o755)
+
+
+def test_eight_starts_at_once(installed: Installed) -> None:
+    command = [*installed.ask.command(script=installed.script), "--db", installed.source]
+    processes = [
+        subprocess.Popen(
+            [*command, "id", "003"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={"PATH": installed.ask.path},
+        )
+        for _ in range(8)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8
+    assert set(outputs) == {b'{"error": 4, "message": "%s"}\n' % SAYS}
+    installed.tamper()  # there is one, whole, and nothing beside it
+    assert installed.says() == CACHED
+
+
+# ---------------------------------------------------------------- strangers
+
+PLACES = {
+    "folder": lambda installed: installed.folder,
+    "__pycache__": lambda installed: installed.caches,
+    "cache": lambda installed: installed.cache,
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    [
+        ("folder", 0o757),
+        ("folder", 0o1777),
+        ("__pycache__", 0o757),
+        ("__pycache__", 0o1777),
+        ("cache", 0o646),
+    ],
+)
+def test_where_others_may_write_it_is_neither_read_nor_written(
+    installed: Installed, place: str, mode: int
+) -> None:
+    installed.says()
+    path = PLACES[place](installed)
+    path.chmod(mode)
+    tampered = installed.tamper()
+    assert installed.says() == SAYS
+    assert installed.says(script="./" + SCRIPT.name, cwd=installed.folder) == SAYS
+    assert installed.cache.read_bytes() == tampered
+    if place != "cache":
+        installed.cache.unlink()
+        if place == "folder":
+            installed.caches.rmdir()
+        before = set(installed.folder.rglob("*"))
+        assert installed.says() == SAYS
+        assert set(installed.folder.rglob("*")) == before
+        path.chmod(0o755)
+        assert installed.says() == SAYS
+        assert installed.cache.exists()
+
+
+def test_a_name_without_a_folder(installed: Installed) -> None:
+    """As in `sh agent_key_request.py`: the folder is the working directory."""
+    command = ["sh", SCRIPT.name, "--db", str(installed.source), "id", "003"]
+    how = {"cwd": installed.folder, "env": {"PATH": installed.ask.path}, "check": True}
+
+    def says() -> bytes:
+        return subprocess.run(command, capture_output=True, **how).stdout  # type: ignore
+
+    assert SAYS in says()
+    installed.tamper()
+    assert CACHED in says()
+    installed.folder.chmod(0o1777)
+    assert SAYS in says()
+
+
+def test_a_link_in_a_folder_of_others(installed: Installed, tmp_path: Path) -> None:
+    """The cache is beside the name that was called."""
+    folder = tmp_path / "links"
+    folder.mkdir(mode=0o755)
+    link = folder / SCRIPT.name
+    link.symlink_to(installed.script)
+    assert installed.says(script=link) == SAYS
+    [cache] = (folder / "__pycache__").iterdir()
+    cache.write_bytes(cache.read_bytes().replace(SAYS, CACHED))
+    assert installed.says(script=link) == CACHED
+    folder.chmod(0o1777)
+    assert installed.says(script=link) == SAYS
+    assert not installed.caches.exists()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077], ids=oct)
+def test_what_is_written_is_never_writable_by_others(installed: Installed, umask: int) -> None:
+    installed.script.chmod(0o777)  # whose mode Python gives to the cache
+    command = [*installed.ask.command(script=installed.script), "--db", installed.source]
+    environment = {"PATH": installed.ask.path}
+    subprocess.run([*command, "id", "001"], umask=umask, env=environment, check=True)
+    for path in installed.caches, installed.cache:
+        assert path.stat().st_mode & 0o022 == 0, path
+
+
+# ---------------------------------------------------------------- damage
+
+DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {  # of a file with so long a header
+    "empty": lambda old, header: b"",
+    "half a header": lambda old, header: old[:7],
+    "a header alone": lambda old, header: old[:header],
+    "cut": lambda old, header: old[: len(old) // 2],
+    "zeros": lambda old, header: bytes(len(old)),
+    "zeros in the middle": lambda old, header: old[:4096] + bytes(4096) + old[8192:],
+    "no program": lambda old, header: old[:header] + marshal.dumps("text", 2),
+    "a damaged program": lambda old, header: old[:header] + old[header + 4 :],
+    "text": lambda old, header: b"#!/bin/sh\n",
+}
+
+
+def test_a_damaged_cache(installed: Installed) -> None:
+    header = 12 if installed.ask.python.version.startswith("3.6.") else 16
+    installed.says()
+    sound = installed.cache.read_bytes()
+    for name, damage in DAMAGES.items():
+        installed.cache.write_bytes(damage(sound, header))
+        assert installed.says() == SAYS, name
+
+
+def test_something_else_where_the_cache_should_be(installed: Installed) -> None:
+    installed.says()
+    cache = installed.cache
+    cache.unlink()
+    cache.mkdir()
+    assert installed.says() == SAYS
+    shutil.rmtree(installed.caches)
+    for make in (Path.touch, lambda path: path.symlink_to("nowhere")):
+        make(installed.caches)
+        assert installed.says() == SAYS
+        installed.caches.unlink()
+
+
+def test_a_disk_that_is_full_for_a_while(installed: Installed) -> None:
+    """Some versions of Python leave a cut cache behind then: it must not stay for good."""
+    command = [*installed.ask.command(script=installed.script), "--db", installed.source]
+    limited = ["sh", "-c", 'ulimit -f 16 && exec "$0" "$@"', *command, "id", "003"]
+    environment = {"PATH": installed.ask.path}
+    done = subprocess.run(limited, capture_output=True, env=environment, check=False)
+    assert check_answer(Answer(done.stdout, done.returncode)).message.encode() == SAYS
+    assert done.stderr == b""
+    for _ in range(2):  # the first may still find what is left, and throw it away
+        assert installed.says() == SAYS
+    installed.tamper()
+    assert installed.says() == CACHED

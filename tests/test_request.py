@@ -1,0 +1,330 @@
+"""A request as a process: argv in; out come one JSON line, exit status 0, and nothing else.
+
+What a record, an address or a line of a source may be is tested without processes, elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pty
+import re
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KEY, SAMPLE, SCRIPT, Caller, Record, Stores, script
+from manager import MESSAGE_SIZE
+
+DATA = Record()._asdict()
+FOUND = (
+    '{"error": 0, "data": {"id": "001", "name": "my_agent", "ip": "192.168.1.100",'
+    f' "key": "{KEY}"}}}}\n'
+)
+TOO_FEW = '{"error": 1, "message": "Too few arguments"}\n'
+BAD = '{"error": 3, "message": "Bad arguments given"}\n'
+NOT_FOUND = '{"error": 4, "message": "No agent key found"}\n'
+TWO_IDS = '{"error": 5, "message": "Found more than one match for required id"}\n'
+TWO_IPS = '{"error": 5, "message": "Found more than one match for required ip"}\n'
+NOISE = 30.0  # seconds that a very busy machine may add
+ENDLESS_VIEW = """
+    CREATE VIEW agent AS
+    WITH RECURSIVE forever(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM forever)
+    SELECT id || 'x' AS id, 'n' AS name, id || 'x' AS ip, 'k' AS agent_key FROM forever;
+"""
+
+Done = subprocess.CompletedProcess[bytes]
+
+
+def start(ask: Caller, *words: str | bytes | Path, **how: Any) -> Done:
+    """Run the script as a person would, with standard output and error apart."""
+    how = {"capture_output": True, "stdin": subprocess.DEVNULL, "cwd": ask.folder, **how}
+    environment = {"PATH": ask.path, **how.pop("env", {})}
+    return subprocess.run([*ask.command(), *words], env=environment, check=False, **how)
+
+
+# ---------------------------------------------------------------- to the letter
+
+
+def test_the_texts_to_the_letter(ask_each: Caller, stores: Stores) -> None:
+    """The vendor's own, which its integration tests look for."""
+    twins = [Record("003", "a", "10.0.0.3"), Record("003", "b", "10.0.0.3")]
+    path = stores.sqlite([Record(), *twins])
+    for words, text in (
+        ([], TOO_FEW),
+        (["id"], TOO_FEW),
+        (["ip", ""], TOO_FEW),
+        (["error1", "id", "003"], BAD),
+        (["ID", "001"], BAD),
+        (["id", "009"], NOT_FOUND),
+        (["ip", "10.9.9.9"], NOT_FOUND),
+        (["id", "003"], TWO_IDS),
+        (["ip", "10.0.0.3"], TWO_IPS),
+        (["id", "001"], FOUND),
+        (["ip", "192.168.1.100"], FOUND),
+    ):
+        done = start(ask_each, "--db", path, *words)
+        assert (done.stdout.decode(), done.stderr, done.returncode) == (text, b"", 0), words
+
+
+def test_every_kind_of_source(ask_each: Caller, stores: Stores) -> None:
+    rows = [Record(), Record("002", "net", "10.0.0.0/8")]
+    for kind in "sqlite", "untyped", "indexed", "csv", "keys", "sql":
+        path = stores.make(kind, rows)
+        assert ask_each("id", "001", db=path).output.decode() == FOUND, kind
+        assert ask_each("ip", "10.9.8.7", db=path).data["id"] == "002", kind
+        path.unlink()
+
+
+@pytest.mark.parametrize("style", ["python", "isolated"])
+def test_every_way_to_call_it(ask_each: Caller, stores: Stores, style: str) -> None:
+    path = stores.sqlite()
+    assert ask_each("id", "001", db=path, style=style).output.decode() == FOUND
+    assert ask_each(style=style).output.decode() == TOO_FEW
+
+
+def test_words_of_any_bytes(ask_each: Caller, stores: Stores) -> None:
+    """One line of ASCII comes back, whatever they are and however long."""
+    path = stores.sqlite([Record(), Record(id="٠٠١", ip="any")])
+    for value in ("٠٠١", b"\xff\xfe", b"\x01\x1b[2J\n", b"0" * 100_000, "001\n"):
+        for words in (["id", value], ["ip", value], [value, "001"]):
+            assert ask_each(*words, db=path).error == 3, words
+
+
+# ---------------------------------------------------------------- options of a request
+
+
+def test_options_go_before_the_words(ask: Caller, stores: Stores) -> None:
+    path = stores.sqlite()
+    other = stores.csv([])
+    for options in (
+        ["--db", path],
+        [f"--db={path}"],
+        ["--timeout", "5", "--db", path],
+        ["--timeout=0.9", f"--db={path}"],
+        ["--db", other, "--db", path],  # the last one counts
+    ):
+        assert ask(*options, "id", "001").output.decode() == FOUND, options
+
+
+@pytest.mark.parametrize(
+    "words", [["id", "001", "--db", "D"], ["ip", "10.0.0.5", "--timeout=5"], ["id", "001", "-V"]]
+)
+def test_options_after_the_words(ask: Caller, stores: Stores, words: list[str]) -> None:
+    """The manager appends the words: who writes exec_path may think it is the other way round."""
+    answer = ask(*words, db=stores.sqlite())
+    assert answer.error == 3
+    assert answer.message.startswith("Bad arguments given: options go before " + words[0])
+
+
+def test_the_source_without_db(ask: Caller, stores: Stores) -> None:
+    """$AGENT_KEY_DB, else the one place that the documentation names."""
+    path = stores.sqlite()
+    environment = {"AGENT_KEY_DB": str(path)}
+    assert ask("id", "001", env=environment).data == DATA
+    assert ask("id", "001", env=environment, db=stores.csv([])).error == 4
+    assert ask("id", "001", env={"AGENT_KEY_DB": "/no/such"}).message.endswith(
+        "/no/such: No such file or directory"
+    )
+    default = Path("/var/lib/agent-key-request/agents.db")
+    assert str(default) == script.STORE
+    if not default.exists():
+        for environment in {}, {"AGENT_KEY_DB": ""}:
+            answer = ask("id", "001", env=environment)
+            assert answer.error == 2 and str(default) in answer.message
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a%41?mode=rw#x", "é", "a'b\"c", "$x;&", "-x", "file:x", "new\nline", b"\xff"]
+)
+def test_a_source_of_any_name(ask: Caller, stores: Stores, name: str | bytes) -> None:
+    """Also relative to the working directory, which is the manager's home."""
+    path = stores.sqlite(name=name)
+    before = path.read_bytes()
+    option = b"--db=" + os.fsencode(name)
+    assert ask(option, "id", "001", cwd=stores.folder).data == DATA
+    assert ask(b"--db", os.fsencode(path), "ip", "192.168.1.100").data == DATA
+    assert list(stores.folder.iterdir()) == [path] and path.read_bytes() == before
+
+
+# ---------------------------------------------------------------- sources that cannot be read
+
+
+def test_the_deadline(ask_each: Caller, stores: Stores, locked: Callable[[Path], None]) -> None:
+    """The answer of error 2 names the file, and says that it was the time."""
+    path = stores.sqlite()
+    locked(path)
+    view = stores.folder / "view.db"
+    database = sqlite3.connect(str(view))
+    database.executescript(ENDLESS_VIEW)
+    database.close()
+    endless = stores.text(ENDLESS_VIEW + "CREATE TABLE t AS SELECT * FROM agent;", "a.sql")
+    for source in path, view, endless:
+        for words in ["id", "001"], ["ip", "10.0.0.5"]:
+            answer = ask_each("--timeout", "0.3", *words, db=source)
+            assert answer.error == 2
+            assert str(source) in answer.message and "no answer in time" in answer.message
+            assert answer.seconds < NOISE
+
+
+def test_what_is_no_source(ask: Caller, stores: Stores) -> None:
+    """Each is named, none is waited for, and nothing of it is shown."""
+    sound = stores.sqlite()
+    open_to_all = stores.folder / "open"
+    open_to_all.mkdir()
+    shared = Path(shutil.copy(sound, open_to_all))
+    open_to_all.chmod(0o1777)
+    pipe = stores.folder / "pipe"
+    os.mkfifo(pipe)
+    secret = "TheSecretKey"
+    for source, said in (
+        (stores.folder / "missing.db", "No such file or directory"),
+        (stores.folder, "not a regular file"),
+        (pipe, "not a regular file"),
+        (shared, "writable by everybody"),
+        (stores.text("", "empty"), "empty"),
+        (stores.text(f"CREATE TABLE agent (\n{secret}\n);\n\nbroken {secret};", "a.sql"), "line 5"),
+        (stores.text(f'id,name,ip,key\n002,"a,any,{secret}\n001,b,any,k\n', "a.csv"), "line 2"),
+        (stores.text(sound.read_bytes()[:5000], "cut.db"), "malformed"),
+    ):
+        answer = ask("id", "001", db=source)
+        assert answer.error == 2
+        assert str(source) in answer.message and said in answer.message, answer
+        assert secret not in answer.message
+
+
+def test_a_message_has_an_end(ask: Caller, stores: Stores) -> None:
+    """The manager reads once, and only so much."""
+    statement = "INSERT INTO nowhere VALUES ('" + "TheSecretKey" * 100_000 + "');"
+    for source in stores.text(statement, "a.sql"), "/no/such/" + "d/" * 2000:
+        answer = ask("id", "001", db=source)
+        assert answer.error == 2
+        assert len(answer.message) <= MESSAGE_SIZE and "TheSecretKey" not in answer.message
+
+
+# ---------------------------------------------------------------- a person's command line
+
+
+def test_no_arguments(ask_each: Caller) -> None:
+    """The vendor's answer; and a person at a terminal is told where there is help."""
+    done = start(ask_each)
+    assert (done.stdout.decode(), done.stderr, done.returncode) == (TOO_FEW, b"", 0)
+    status, output, shown = on_a_terminal(ask_each)
+    assert (output.decode(), status) == (TOO_FEW, 0)
+    assert "--help" in shown and shown.count("\n") == 1
+
+
+def on_a_terminal(ask: Caller, *words: str) -> tuple[int, bytes, str]:
+    """Run the script with a terminal for input and errors: status, output, what is shown there."""
+    master, terminal = pty.openpty()
+    try:
+        done = start(
+            ask, *words, stdin=terminal, stdout=subprocess.PIPE, stderr=terminal,
+            capture_output=False,
+        )
+        os.set_blocking(master, False)
+        try:
+            shown = os.read(master, 65536)
+        except BlockingIOError:
+            shown = b""
+        return done.returncode, done.stdout, shown.decode().replace("\r\n", "\n")
+    finally:
+        os.close(master)
+        os.close(terminal)
+
+
+MISTAKES = [  # a command line, and what the message must name
+    (["--chek"], ["--chek", "--check"]),
+    (["--tiemout", "5", "id", "001"], ["--tiemout", "--timeout"]),
+    (["--database=x", "id", "001"], ["--database"]),
+    (["--hepl"], ["--hepl", "--help"]),
+    (["-x", "id", "001"], ["-x"]),
+    (["--db"], ["--db"]),
+    (["--db=", "id", "001"], ["--db"]),
+    (["--db", "--check"], ["--db"]),
+    (["--import", "--db", "x"], ["--import"]),
+    (["--timeout", "id"], ["--timeout"]),
+    (["--timeout", "0", "id", "001"], ["--timeout"]),
+    (["--timeout=-1", "id", "001"], ["--timeout"]),
+    (["--timeout", "nan", "id", "001"], ["--timeout"]),
+    (["--timeout", "1e999", "id", "001"], ["--timeout"]),
+    (["--timeout", "soon", "--check"], ["--timeout"]),
+    (["--serve", "--workers", "0"], ["--workers"]),
+    (["--serve", "--workers", "many"], ["--workers"]),
+    (["--workers", "4", "id", "001"], ["--workers"]),
+    (["--json", "id", "001"], ["--json"]),
+    (["--check", "--mode", "0660"], ["--mode", "--check"]),
+    (["--manager", "/x", "--serve"], ["--manager", "--serve"]),
+    (["--import", "x", "--socket", "y"], ["--socket", "--import"]),
+    (["--serve", "--check"], ["--serve", "--check"]),
+    (["--enroll", "--import", "x"], ["--enroll", "--import"]),
+    (["--check=x"], ["--check"]),
+    (["--check", "id", "001"], ["--check"]),
+    (["--import", "x", "y"], ["--import"]),
+]
+
+
+def test_a_mistake_among_the_options(ask: Caller) -> None:
+    """Told on stderr with status 2, of which the manager warns; and nothing is done."""
+    for words, named in MISTAKES:
+        done = start(ask, *words, env={"AGENT_KEY_DB": str(ask.folder / "agents.db")})
+        said = done.stderr.decode()
+        assert (done.returncode, done.stdout) == (2, b""), (words, done)
+        assert re.fullmatch(r"agent_key_request: error: .+\n", said), words
+        assert all(name in said for name in named), (words, said)
+    assert list(ask.folder.iterdir()) == []
+
+
+def test_a_mistake_in_every_interpreter(ask_each: Caller) -> None:
+    done = start(ask_each, "--chek")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"--check" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_version_shows_the_hash_of_the_file(ask_each: Caller, stores: Stores) -> None:
+    copy = stores.text(SCRIPT.read_bytes() + b"\n# changed\n", "copy.py")
+    link = stores.folder / "link"
+    link.symlink_to(copy)
+    for path, style in (
+        (SCRIPT, "exec"), (SCRIPT, "python"), (copy, "isolated"), (link, "exec"),
+    ):
+        copy.chmod(0o755)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        done = ask_each.call("--version", style=style, script=path)
+        expected = f"agent_key_request.py {script.VERSION} sha256:{digest}\n"
+        assert (done.output.decode(), done.status) == (expected, 0)
+
+
+def test_help(ask_each: Caller) -> None:
+    done = start(ask_each, "--help")
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode("ascii")
+    for word in (
+        *("--db", "--timeout", "--socket", "--serve", "--mode", "--group", "--workers", "--import"),
+        *("--check", "--json", "--manager", "--enroll", "--version", "--help", " id ", " ip "),
+        *(script.STORE, "$AGENT_KEY_DB", "mysql://", "postgresql://", ".sql", "client.keys"),
+    ):
+        assert word in text, word
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help", "-V", "--version"])
+def test_help_and_version_are_all_that_happens(ask: Caller, stores: Stores, asked: str) -> None:
+    """Anywhere among the options, whatever else is there."""
+    plain = start(ask, asked)
+    store = stores.folder / "new.db"
+    for words in (
+        ["--db", store, "--import", SAMPLE, asked],
+        [asked, "--db", store, "--import", SAMPLE],
+        ["--db", store, "--serve", "--socket", stores.folder / "socket", asked],
+        ["--chek", "--timeout", "soon", asked, "id", "001"],
+        ["--timeout", asked],
+    ):
+        done = start(ask, *words)
+        assert (done.stdout, done.stderr, done.returncode) == (plain.stdout, b"", 0), words
+    assert b"sha256" in plain.stdout or b"--enroll" in plain.stdout
+    assert list(stores.folder.iterdir()) == []
