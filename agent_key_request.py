@@ -75,8 +75,7 @@ MESSAGES = {  # of an answer, by its error number; what ends with a space or col
 FOR_THE_OPERATOR = (0, 2, 5, 6, 9)  # the manager shows errors at debug level only
 
 DIGITS = "0123456789"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-PRINTABLE = "".join(map(chr, range(32, 127)))
+NAME_LETTERS = DIGITS + "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_."
 FIELDS = ("id", "name", "ip", "key")  # the order in which every source gives a row
 RULES = {  # what a field must be, in words; judge() has them in code
     "id": "id must be 3 to 8 digits, not 000, with no more zeros in front than three digits need",
@@ -84,6 +83,7 @@ RULES = {  # what a field must be, in words; judge() has them in code
     "ip": "ip must be any, an address or a network (address/prefix) that the manager takes",
     "key": "key must be 1 to 128 printable ASCII characters"}
 MISSING = "\0"  # a field that its line does not have: breaks every rule
+BLANK = ("", "", "", "")
 
 ROWS = "SELECT id, name, ip, agent_key FROM agent"
 
@@ -107,9 +107,14 @@ class Reply(Exception):
         return to_json(dict(error=self.number, **content)).encode("ascii") + b"\n"
 
 
+def is_printable(text):
+    """Whether `text` is printable ASCII: of what is beyond it, a letter has several bytes."""
+    return text.isprintable() and len(text.encode()) == len(text)
+
+
 def printable(text):
     """`text` with a `?` for all that is not printable ASCII."""
-    if not text.strip(PRINTABLE):
+    if is_printable(text):
         return text
     return "".join([letter if " " <= letter <= "~" else "?" for letter in text])
 
@@ -141,7 +146,7 @@ def parse_network(text):
     except OSError:
         raise ValueError("not an address") from None
     number, width = int.from_bytes(packed, "big"), 8 * len(packed)
-    prefix = int(length[:4]) if length and not length.strip(DIGITS) else width
+    prefix = int(length) if is_text(length, DIGITS, 1, 3) else width
     if prefix > width or slash and length != "%d" % prefix:
         raise ValueError("not a prefix length")
     if number >> 32 == 0xFFFF and prefix >= 96:
@@ -161,6 +166,11 @@ def canonical(ip):
 
     ValueError if it is none of them, or one that the manager's own check (OS_IsValidIP) refuses.
     """
+    try:
+        inet_pton(AF_INET, ip)  # most are such an address, and so spelled
+        return ip
+    except OSError:
+        pass
     if ip.lower() in ("", "any"):
         return "any"
     number, width, prefix = parse_network(ip)
@@ -174,29 +184,31 @@ def canonical(ip):
 
 def text_of(value):
     """A stored value (text, bytes, number, null) as str, without the padding of CHAR columns."""
+    if isinstance(value, str):
+        return value.strip(" ")
     if isinstance(value, (bytes, bytearray, memoryview)):
-        value = bytes(value).decode("latin-1")  # what is beyond ASCII breaks every rule
-    return "" if value is None else str(value).strip(" ")
+        return bytes(value).decode("latin-1").strip(" ")  # what is beyond ASCII breaks every rule
+    return "" if value is None else str(value)
 
 
 def id_of(value):
     """The agent id in a stored value, as the manager writes it: number columns and spreadsheets
     eat its zeros, and REAL and DECIMAL columns add a fraction."""
     text = text_of(value)
-    whole, _, fraction = text.partition(".")
-    if not isinstance(value, str) and not fraction.strip("0"):
-        text = whole
+    if not isinstance(value, str):
+        whole, _, fraction = text.partition(".")
+        text = text if fraction.strip("0") else whole
     return text.zfill(3) if text and not text.strip(DIGITS) else text
 
 
-def consists_of(letters, value, least, most):
-    """Whether `value` is `least` to `most` of these ASCII letters."""
+def is_text(value, letters, least, most):
+    """Whether `value` is `least` to `most` of these letters."""
     return least <= len(value) <= most and not value.strip(letters)
 
 
 def judge(row):
     """A stored row as (record, faults): the one place that decides what may reach the manager,
-    which checks next to nothing. record: dict of str; faults: the names of the broken RULES."""
+    which checks next to nothing. record: dict of str; faults: those of the RULES that it breaks."""
     stored_id, name, ip, key = row
     record = {"id": id_of(stored_id), "name": text_of(name), "ip": "", "key": text_of(key)}
     try:
@@ -205,17 +217,17 @@ def judge(row):
         pass
     agent, name, ip, key = record.values()
     sound = {
-        "id": consists_of(DIGITS, agent, 3, 8) and agent == "%03d" % int(agent) != "000",
-        "name": consists_of(DIGITS + LETTERS + "-_.", name, 1, 128) and name[0] != ".",
+        "id": is_text(agent, DIGITS, 3, 8) and agent == "%03d" % int(agent) != "000",
+        "name": is_text(name, NAME_LETTERS, 1, 128) and name[0] != ".",
         "ip": ip,
-        "key": consists_of(PRINTABLE, key, 1, 128)}
-    return record, [field for field in sound if not sound[field]]
+        "key": 1 <= len(key) <= 128 and is_printable(key)}
+    return record, [RULES[field] for field in sound if not sound[field]]
 
 
 def agent_of(record):
     """`agent 001`; an id that is none is not shown: it may be a key in the wrong column."""
     agent = record["id"]
-    return "agent " + (agent if consists_of(DIGITS, agent, 1, 8) else
+    return "agent " + (agent if is_text(agent, DIGITS, 1, 8) else
                        "with an id of %d characters" % len(agent))
 
 
@@ -236,7 +248,7 @@ def parse_request(words):
         raise Reply(3, ": options go before %s" % option if words[2].startswith("-")
                     else ": more than an option and its value")
     if option == "id":
-        if not consists_of(DIGITS, value, 3, 8):
+        if not is_text(value, DIGITS, 3, 8):
             raise Reply(3, ": an id has 3 to 8 digits")
         return option, [value[zeros:] for zeros in range(3 if len(value) == 3 else 1)
                         if not value[:zeros].strip("0")]
@@ -340,7 +352,7 @@ class SqliteSource:
     unit = "row"
 
     def __init__(self, connection, name, seconds, frozen=False):
-        self.connection, self.name, self.frozen = connection, name, frozen
+        self.connection, self.name, self.frozen, self.typeless = connection, name, frozen, None
         self.deadline = time.monotonic() + seconds
         connection.text_factory = lambda text: str(text, "latin-1")  # beyond ASCII breaks all rules
         connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
@@ -355,9 +367,12 @@ class SqliteSource:
             raise Reply(2, "%s: %s" % (self.name, reason_of(error))) from None
 
     def find(self, field, texts):
-        """The rows in which the field is one of the texts, or, for columns without a type, the
-        number that an id is."""
-        values = texts + [int(texts[0])] if field == "id" else texts
+        """The rows in which the field is one of the texts, or the number that an id is: a column
+        without a type (PRAGMA table_info) may hold either."""
+        if self.typeless is None:
+            columns = self.query("PRAGMA table_info(agent)")
+            self.typeless = {column[1].lower() for column in columns if not column[2]}
+        values = texts + [int(texts[0])] if field == "id" and "id" in self.typeless else texts
         return list(self.query(query_for(field, "?", len(values)), values))
 
     def rows(self):
@@ -383,51 +398,61 @@ def reason_of(error):
 
 
 class TextSource:
-    """Agents in a text file, which is read once. numbered: iterator of (line number, row)."""
+    """Agents in a text file, which is read once. parsed: iterator of one row for each line, the first
+    of which has the number `first`; agent_in: gives a row as it is to be, or None for no agent."""
 
     unit = "line"
 
-    def __init__(self, numbered):
-        self.numbered = numbered
+    def __init__(self, parsed, first, agent_in):
+        self.parsed, self.first, self.agent_in = parsed, first, agent_in
 
     def find(self, field, texts):
         """The rows in which the field is one of the texts."""
         place, wanted = FIELDS.index(field), set(texts)
-        return [row for _, row in self.numbered if row[place] in wanted]
+        found = [row for row in self.parsed if row[place] in wanted]
+        return list(filter(None, map(self.agent_in, found)))
 
     def rows(self):
         """Iterator of (line number, row)."""
-        return self.numbered
+        for number, row in enumerate(self.parsed, self.first):
+            agent = self.agent_in(row)
+            if agent:
+                yield number, agent
 
 
 def client_keys(lines):
-    """The numbered rows of a manager's client.keys, without its comments and removed agents."""
-    for number, line in enumerate(lines, 1):
-        row = line.rstrip("\r\n").split(" ", 3)
-        if row[0] and line[0] != "#" and (len(row) < 2 or row[1][:1] not in ("!", "#")):
-            yield number, row if len(row) == 4 else row[:2] + [MISSING] * (4 - len(row[:2]))
+    """The rows of a manager's client.keys."""
+    for line in lines:
+        row = line.split(" ", 3)
+        yield row if len(row) == 4 else row + [MISSING] * (4 - len(row))
+
+
+def agent_in_keys(row):
+    """A row of client.keys, None for a comment or a removed agent."""
+    if not row[0].rstrip("\r\n") or row[0][0] == "#" or row[1][:1] in ("!", "#"):
+        return None
+    return row[:3] + [row[3].rstrip("\r\n")]
 
 
 def delimited(lines, name, header, delimiter, places):
-    """The numbered rows of CSV, or of what `mysql --batch` writes, after `header` lines."""
+    """The rows of CSV, or of what `mysql --batch` writes, after `header` lines; raises Reply."""
     import csv
     from operator import itemgetter
     tabs, pick, width = delimiter == "\t", itemgetter(*places), max(places) + 1
     csv.field_size_limit(sys.maxsize)  # somebody else's long field must not end the reading
     reader = csv.reader(lines, delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-    number = header
+    number = 0
     try:
         for fields in reader:
-            if reader.line_num != number + 1 - header:  # a quote swallowed the agents after it
+            if reader.line_num != number + 1:  # a quote swallowed the agents after it
                 raise csv.Error
             number += 1
-            if fields:
-                row = pick(fields if len(fields) >= width else fields + [MISSING] * width)
-                yield number, [unescaped(field) for field in row] if tabs else row
+            row = pick(fields if len(fields) >= width else fields + [MISSING] * width)
+            yield BLANK if not fields else [unescaped(field) for field in row] if tabs else row
     except csv.Error:
         raise Reply(2, "%s: line %d: a broken quote, a row that spans lines, or a NUL" % (
-            name, number + 1)) from None
+            name, header + number + 1)) from None
 
 
 def unescaped(field):
@@ -458,11 +483,12 @@ def open_text(stream, name, whole=lambda lines, _: lines):
         if not {"name", "ip", key} < set(columns):
             raise Reply(2, "%s: its header lacks one of id, name, ip and key (or agent_key)" % name)
         places = [columns.index(field) for field in ("id", "name", "ip", key)]
-        return TextSource(delimited(whole(lines, head), name, len(head), delimiter, places))
+        rows = delimited(whole(lines, head), name, len(head), delimiter, places)
+        return TextSource(rows, len(head) + 1, lambda row: None if row is BLANK else row)
     words = first.split(" ", 3) + [""] * 3
     is_agent = words[3] and (not words[0].strip(DIGITS) or words[2] == "any" or "." in words[2])
     if is_agent or name.endswith(".keys") or not first and "".join(head).strip():
-        return TextSource(client_keys(whole(chain(head, lines), [])))
+        return TextSource(client_keys(whole(chain(head, lines), [])), 1, agent_in_keys)
     raise Reply(2, "%s: %s" % (name, "no SQLite database, CSV with a header (id, name, ip, key), "
                                "client.keys or script named .sql" if first else "it is empty"))
 
@@ -477,7 +503,7 @@ def look_up(words, find_source):
         raise Reply(5, field) if rows else Reply(4)
     record, faults = judge(rows[0])
     if faults:
-        raise Reply(6, "%s: %s" % (agent_of(record), RULES[faults[0]]))
+        raise Reply(6, "%s: %s" % (agent_of(record), faults[0]))
     return Reply(0, agent_of(record), record)
 
 
@@ -1148,14 +1174,16 @@ class Report:
         source.deadline = time.monotonic() + 86400  # for all of them
         for number, row in source.rows():
             self.agents += 1
-            self.progress()
+            if self.terminal:
+                self.progress()
             record, faults = judge(row)
-            where = "%s %d: %s: " % (source.unit, number, agent_of(record))
-            for field in faults:
-                self.tell("error", where + RULES[field])
-            if not faults:
-                for level, text in notes(row, record) if notes else ():
+            if faults or notes:
+                where = "%s %d: %s: " % (source.unit, number, agent_of(record))
+                for fault in faults:
+                    self.tell("error", where + fault)
+                for level, text in notes(row, record) if not faults else ():
                     self.tell(level, where + text)
+            if not faults:
                 yield number, record
 
     def copy(self, source, store, notes=None):

@@ -104,17 +104,17 @@ def test_an_edited_script_is_never_run_from_an_old_cache(
     assert installed.says() == CACHED
 
 
-def test_another_user_uses_it_too(
-    ask: Caller, open_folder: Path, tmp_path: Path, nobody: int
-) -> None:
+def test_another_user_uses_it_too(ask: Caller, open_folder: Path, nobody: int) -> None:
     """And where it cannot write one it does without: no message, nothing left behind."""
+    if not shutil.which("python3", path=os.defpath):
+        pytest.skip("there is no python3 that every user may run")
     installed = Installed(open_folder / "installed", open_folder / "client.keys", ask)
-    how = {"style": "exec", "user": nobody, "cwd": "/", "env": {"PATH": os.defpath}}
-    assert installed.says(**how) == SAYS
+    how = {"cwd": "/", "env": {"PATH": os.defpath}}
+    assert installed.says(user=nobody, **how) == SAYS
     assert not installed.caches.exists()
-    assert installed.says() == SAYS
+    assert installed.says(**how) == SAYS
     installed.tamper()
-    assert installed.says(**how) == CACHED
+    assert installed.says(user=nobody, **how) == CACHED
 
 
 def test_a_read_only_folder(installed: Installed) -> None:
@@ -146,33 +146,19 @@ def test_eight_starts_at_once(installed: Installed) -> None:
 
 # ---------------------------------------------------------------- strangers
 
-PLACES = {
-    "folder": lambda installed: installed.folder,
-    "__pycache__": lambda installed: installed.caches,
-    "cache": lambda installed: installed.cache,
-}
-
-
-@pytest.mark.parametrize(
-    ("place", "mode"),
-    [
-        ("folder", 0o757),
-        ("folder", 0o1777),
-        ("__pycache__", 0o757),
-        ("__pycache__", 0o1777),
-        ("cache", 0o646),
-    ],
-)
+@pytest.mark.parametrize("place", ["folder", "__pycache__", "cache"])
 def test_where_others_may_write_it_is_neither_read_nor_written(
-    installed: Installed, place: str, mode: int
+    installed: Installed, place: str
 ) -> None:
+    """By everybody, or, with the sticky bit, by everybody who finds nothing there."""
     installed.says()
-    path = PLACES[place](installed)
-    path.chmod(mode)
     tampered = installed.tamper()
-    assert installed.says() == SAYS
-    assert installed.says(script="./" + SCRIPT.name, cwd=installed.folder) == SAYS
-    assert installed.cache.read_bytes() == tampered
+    path = {"folder": installed.folder, "__pycache__": installed.caches}.get(place, installed.cache)
+    mode = path.stat().st_mode
+    for more in (0o002,) if place == "cache" else (0o002, 0o1022):
+        path.chmod(mode | more)
+        assert installed.says() == SAYS
+        assert installed.cache.read_bytes() == tampered
     if place != "cache":
         installed.cache.unlink()
         if place == "folder":
@@ -180,9 +166,6 @@ def test_where_others_may_write_it_is_neither_read_nor_written(
         before = set(installed.folder.rglob("*"))
         assert installed.says() == SAYS
         assert set(installed.folder.rglob("*")) == before
-        path.chmod(0o755)
-        assert installed.says() == SAYS
-        assert installed.cache.exists()
 
 
 def test_a_name_without_a_folder(installed: Installed) -> None:
@@ -229,14 +212,11 @@ def test_what_is_written_is_never_writable_by_others(installed: Installed, umask
 
 DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {  # of a file with so long a header
     "empty": lambda old, header: b"",
-    "half a header": lambda old, header: old[:7],
     "a header alone": lambda old, header: old[:header],
     "cut": lambda old, header: old[: len(old) // 2],
     "zeros": lambda old, header: bytes(len(old)),
-    "zeros in the middle": lambda old, header: old[:4096] + bytes(4096) + old[8192:],
     "no program": lambda old, header: old[:header] + marshal.dumps("text", 2),
     "a damaged program": lambda old, header: old[:header] + old[header + 4 :],
-    "text": lambda old, header: b"#!/bin/sh\n",
 }
 
 

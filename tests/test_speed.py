@@ -24,7 +24,9 @@ MANY = 1_000_000
 TEXT_AGENTS = 100_000
 FIRST_ID = 1_000_001  # ids of one length are in order as texts, too: that is quick to build
 PATH = "/usr/bin:/bin"
-COUNT = re.compile(r"Collected : (\d+)")
+# It counts what callgrind counts, in less than half the time.
+VALGRIND = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
+COUNT = re.compile(r"I +refs: +([\d,]+)")
 READ_CSV = "import csv, sys\nfor row in csv.reader(open(sys.argv[1], newline='')): pass"
 READ_KEYS = "import sys\nfor line in open(sys.argv[1]): line.split()"
 
@@ -90,9 +92,8 @@ def folder(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 def instructions(command: list[str], folder: Path) -> tuple[int, str]:
     """Count what COMMAND and all that it starts execute; give its output, too."""
-    valgrind = ["valgrind", "--tool=callgrind", "--trace-children=yes"]
     done = subprocess.run(
-        [*valgrind, "--callgrind-out-file=/dev/null", *command],
+        [*VALGRIND, "--trace-children=yes", *command],
         cwd=folder,
         env={"PATH": PATH},
         capture_output=True,
@@ -101,7 +102,7 @@ def instructions(command: list[str], folder: Path) -> tuple[int, str]:
     )
     counts = COUNT.findall(done.stderr)
     assert counts, done.stderr
-    return sum(map(int, counts)), done.stdout
+    return sum(int(count.replace(",", "")) for count in counts), done.stdout
 
 
 Counts = dict[str, tuple[int, str]]

@@ -1,0 +1,1687 @@
+#!/bin/sh
+''':'
+loader='
+import posix, sys
+from _frozen_importlib_external import SourceFileLoader, cache_from_source
+sys.argv = sys.argv[1:]
+path = sys.argv[0]
+loader = SourceFileLoader("__main__", path)
+cache, status = cache_from_source(path), posix.stat(path)
+# Python looks at the second of the last edit, which may be set; nobody can set this moment.
+loader.path_stats = lambda _: {"mtime": status.st_ctime_ns & 0xFFFFFFFF, "size": status.st_size}
+mask, code = posix.umask(0o022), None
+places = path[:path.rfind("/") + 1] or ".", cache.rpartition("/")[0], cache
+if not any(posix.access(place, posix.F_OK) and posix.stat(place).st_mode & 0o002 for place in places):
+    try:  # else a stranger could have put it there
+        code = loader.get_code("__main__")
+    except Exception:
+        loader.set_data(cache, b"")  # it is damaged: the next start makes it anew
+code = code or loader.source_to_code(loader.get_data(path), path)
+posix.umask(mask)
+exec(code, {"__name__": "__main__", "__file__": path})
+'
+for python in python3 /usr/libexec/platform-python /var/ossec/framework/python/bin/python3; do
+    command -v "$python" >/dev/null 2>&1 || continue
+    case " $* " in  # a server starts once, and `ps` shows its command for years
+    *" --serve "*) exec "$python" -IS "$0" "$@" ;;
+    *) exec "$python" -IS -c "$loader" "$0" "$@" ;;
+    esac
+done
+logger -t agent_key_request -p authpriv.err "no python3 on this host" >/dev/null 2>&1 &
+case " $* " in
+*" --serve "* | *" --import"* | *" --check "* | *" --enroll "*)
+    echo "agent_key_request: error: no python3 on this host: install it" >&2
+    exit 1 ;;
+esac
+echo '{"error": 9, "message": "Internal error: no python3 on this host: install it"}'
+exit 0
+
+/bin/sh reads the lines above, Python reads them as this text. With -I and -S nothing is imported
+from this folder, the working directory, PYTHON* or site-packages. The loader has the compiled
+program kept in __pycache__ beside this file: compiling is most of the cost of a start.
+
+This program answers a Wazuh manager that asks for the key of an agent it does not know. The manager
+runs `agent_key_request.py id 001` or `... ip 192.168.1.100`, or asks a running `--serve` on a unix
+socket. One JSON object goes to standard output, nothing to standard error, and the exit status is 0
+whatever happens, because the manager throws the output of any other status away (README.md).
+'''
+# ============================================================================ part one: a request
+# It ends a request by argv whose source is a file; nothing below it runs then. Starting is what
+# costs, so it has the bare modules: in instructions, `os` is 5 M more than `posix`, `signal` 19 M
+# more than `_signal`, `socket` 30 M more than `_socket`, `sqlite3` 5 M more than `_sqlite3`.
+import posix
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated and sys.flags.no_site):
+    posix.execv(sys.executable, [sys.executable, "-IS"] + sys.argv)  # before anything planted
+
+import time
+from _signal import (  # type: ignore
+    ITIMER_REAL, SIG_DFL, SIG_UNBLOCK, SIGALRM, SIGHUP, SIGINT, SIGTERM,
+    pthread_sigmask, setitimer, signal)
+from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+
+# -------------------------------------------------------------------------------------- constants
+
+VERSION = "2.0.0"
+STORE = "/var/lib/agent-key-request/agents.db"  # without --db and $AGENT_KEY_DB
+NAME = "agent_key_request"  # before each line for people
+SECONDS = 10.0              # for one request; the manager's own patience is 60 s
+MESSAGE_LENGTH = 500        # characters; the manager reads 65,536 bytes, once
+MESSAGES = {  # of an answer, by its error number; what ends with a space or colon takes a detail
+    0: "key handed out: ", 1: "Too few arguments", 2: "Cannot read key source: ",
+    3: "Bad arguments given", 4: "No agent key found", 5: "Found more than one match for required ",
+    6: "Stored record is invalid: ", 9: "Internal error: "}
+FOR_THE_OPERATOR = (0, 2, 5, 6, 9)  # the manager shows errors at debug level only
+
+DIGITS = b"0123456789"
+NAME_LETTERS = DIGITS + b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_."
+PRINTABLE = bytes(range(32, 127))
+FIELDS = ("id", "name", "ip", "key")  # the order in which every source gives a row
+RULES = {  # what a field must be, in words; judge() has them in code
+    "id": "id must be 3 to 8 digits, not 000, with no more zeros in front than three digits need",
+    "name": "name must be 1 to 128 of A-Z a-z 0-9 - _ . and not start with a dot",
+    "ip": "ip must be any, an address or a network (address/prefix) that the manager takes",
+    "key": "key must be 1 to 128 printable ASCII characters"}
+MISSING = "\0"  # a field that its line does not have: breaks every rule
+BLANK = ("", "", "", "")
+
+ROWS = "SELECT id, name, ip, agent_key FROM agent"
+
+# -------------------------------------------------------------------------------------- the reply
+
+class Reply(Exception):
+    """The answer to a request; raised by whoever finds out that it is an error.
+
+    number: the error, 0 for none (MESSAGES); detail: str that ends the message, for people, never
+    with stored text in it; record: dict of str to hand out.
+    """
+
+    def __init__(self, number, detail="", record=None):
+        super().__init__(number)
+        self.number, self.record = number, record
+        self.message = printable(MESSAGES[number] + detail)[:MESSAGE_LENGTH]
+
+    def line(self):
+        """The bytes that go out, by either method."""
+        content = {"data": self.record} if self.record else {"message": self.message}
+        return to_json(dict(error=self.number, **content)).encode("ascii") + b"\n"
+
+
+def only(letters, text):
+    """Whether `text` has no other than these ASCII letters (bytes)."""
+    return not text.encode("utf-8", "surrogatepass").translate(None, letters)
+
+
+def printable(text):
+    """`text` with a `?` for all that is not printable ASCII."""
+    if only(PRINTABLE, text):
+        return text
+    return "".join([letter if " " <= letter <= "~" else "?" for letter in text])
+
+
+def to_json(value):
+    """`value` (dict, list, str, int) as JSON on one line: the only place that writes any."""
+    if isinstance(value, str):
+        return '"%s"' % printable(value).replace("\\", "\\\\").replace('"', '\\"')
+    if isinstance(value, dict):
+        return "{%s}" % ", ".join(['"%s": %s' % (name, to_json(value[name])) for name in value])
+    if isinstance(value, list):
+        return "[%s]" % ", ".join(map(to_json, value))
+    return "%d" % value
+
+
+# -------------------------------------------------------------------------------------- the record
+
+def parse_network(text):
+    """An address or network as (number, width, prefix): an integer, 32 or 128, 0 to width.
+
+    A single address has prefix = width; IPv4 mapped into IPv6 is IPv4. ValueError if it is neither.
+    """
+    address, slash, length = text.partition("/")
+    try:
+        packed = inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+        if len(packed) == 4 and "." in length:  # the manager would lose a netmask
+            mask = "{:032b}".format(int.from_bytes(inet_pton(AF_INET, length), "big"))
+            length = "" if "01" in mask else "%d" % mask.count("1")
+    except OSError:
+        raise ValueError("not an address") from None
+    number, width = int.from_bytes(packed, "big"), 8 * len(packed)
+    prefix = int(length) if is_text(length, DIGITS, 1, 3) else width
+    if prefix > width or slash and length != "%d" % prefix:
+        raise ValueError("not a prefix length")
+    if number >> 32 == 0xFFFF and prefix >= 96:
+        return number & 0xFFFFFFFF, 32, prefix - 96
+    return number, width, prefix
+
+
+def spell(number, width, prefix):
+    """The one spelling of an address or network: inet_ntop's, without host bits."""
+    number = number >> width - prefix << width - prefix
+    text = inet_ntop(AF_INET if width == 32 else AF_INET6, number.to_bytes(width // 8, "big"))
+    return text if prefix == width else "%s/%d" % (text, prefix)
+
+
+def canonical(ip):
+    """A stored ip (str) in its one spelling: address, network or `any`, for which none stands, too.
+
+    ValueError if it is none of them, or one that the manager's own check (OS_IsValidIP) refuses.
+    """
+    try:
+        inet_pton(AF_INET, ip)  # most are such an address, and so spelled
+        return ip
+    except OSError:
+        pass
+    if ip.lower() in ("", "any"):
+        return "any"
+    number, width, prefix = parse_network(ip)
+    if width == 32 and not prefix:
+        return "any"
+    text = spell(number, width, prefix)
+    if width == 128 and ("." in text or text.startswith("::/")):
+        raise ValueError("the manager refuses it")
+    return text
+
+
+def text_of(value):
+    """A stored value (text, bytes, number, null) as str, without the padding of CHAR columns."""
+    if isinstance(value, str):
+        return value.strip(" ")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value).decode("latin-1").strip(" ")  # what is beyond ASCII breaks every rule
+    return "" if value is None else str(value)
+
+
+def id_of(value):
+    """The agent id in a stored value, as the manager writes it: number columns and spreadsheets
+    eat its zeros, and REAL and DECIMAL columns add a fraction."""
+    text = text_of(value)
+    if not isinstance(value, str):
+        whole, _, fraction = text.partition(".")
+        text = text if fraction.strip("0") else whole
+    return text.zfill(3) if text and only(DIGITS, text) else text
+
+
+def is_text(value, letters, least, most):
+    """Whether `value` is `least` to `most` of these ASCII letters."""
+    return least <= len(value) <= most and only(letters, value)
+
+
+def judge(row):
+    """A stored row as (record, faults): the one place that decides what may reach the manager,
+    which checks next to nothing. record: dict of str; faults: those of the RULES that it breaks."""
+    stored_id, name, ip, key = row
+    record = {"id": id_of(stored_id), "name": text_of(name), "ip": "", "key": text_of(key)}
+    try:
+        record["ip"] = canonical(text_of(ip))
+    except ValueError:
+        pass
+    agent, name, ip, key = record.values()
+    sound = {
+        "id": is_text(agent, DIGITS, 3, 8) and agent == "%03d" % int(agent) != "000",
+        "name": is_text(name, NAME_LETTERS, 1, 128) and name[0] != ".",
+        "ip": ip,
+        "key": is_text(key, PRINTABLE, 1, 128)}
+    return record, [RULES[field] for field in sound if not sound[field]]
+
+
+def agent_of(record):
+    """`agent 001`; an id that is none is not shown: it may be a key in the wrong column."""
+    agent = record["id"]
+    return "agent " + (agent if is_text(agent, DIGITS, 1, 8) else
+                       "with an id of %d characters" % len(agent))
+
+
+# ------------------------------------------------------------------------ what a request looks for
+
+def parse_request(words):
+    """A request as (field, texts): the column to look in, and the texts that may stand there; the
+    first is what is asked for. Of the spellings that a sound store can hold there are few.
+
+    words: list of str, as anyone may have sent them. Raises Reply.
+    """
+    option, value = (list(words) + ["", ""])[:2]
+    if not option or option in ("id", "ip") and not value:
+        raise Reply(1)
+    if option not in ("id", "ip"):
+        raise Reply(3)
+    if len(words) > 2:
+        raise Reply(3, ": options go before %s" % option if words[2].startswith("-")
+                    else ": more than an option and its value")
+    if option == "id":
+        if not is_text(value, DIGITS, 3, 8):
+            raise Reply(3, ": an id has 3 to 8 digits")
+        return option, [value[zeros:] for zeros in range(3 if len(value) == 3 else 1)
+                        if not value[:zeros].strip("0")]
+    try:
+        number, width, prefix = parse_network("" if "/" in value else value)
+    except ValueError:
+        raise Reply(3, ": not an IP address") from None
+    # Never `any` or /0: they do not say where the agent is, and a stray packet from anywhere would
+    # enrol it again.
+    networks = [spell(number, width, length) for length in range(prefix - 1, 0, -1)]
+    address = spell(number, width, prefix)
+    return option, [address, "%s/%d" % (address, prefix)] + networks
+
+
+def best(rows, field, texts):
+    """Those of `rows` that are asked for: more than one if they are equally good. Databases take
+    more for equal than we do."""
+    if field == "id":
+        return [row for row in rows if id_of(row[0]) == texts[0]]
+    ranks = {text: max(place, 1) for place, text in enumerate(texts)}  # the first two are equal
+    ranked = [(ranks[text_of(row[2])], row) for row in rows if text_of(row[2]) in ranks]
+    closest = min([rank for rank, _ in ranked], default=0)
+    return [row for rank, row in ranked if rank == closest]
+
+
+# -------------------------------------------------------------------------------- sources in files
+
+def check_file(name):
+    """The path, links followed, of a file that may serve as a key source, because only its owner,
+    his group and root can have put an agent into it, or something in its place; raises Reply."""
+    path, problem = name, ""
+    try:
+        for _ in range(40):  # links: as many as the kernel follows
+            folder = path.rpartition("/")[0] + "/" if "/" in path else "./"
+            if posix.stat(folder).st_mode & 0o002:
+                problem = "its folder %s is writable by everybody: chmod o-w it" % folder
+            try:
+                link = posix.readlink(path)
+            except OSError:
+                break
+            path = link if link.startswith("/") else folder + link
+        status = posix.stat(path)
+        if status.st_mode & 0o170000 != 0o100000:
+            problem = "not a regular file"
+        elif not posix.access(path, posix.R_OK):
+            problem = "Permission denied"
+        for beside in ("", "-wal", "-shm", "-journal"):  # SQLite takes what is there for its own
+            if beside and not posix.access(path + beside, posix.F_OK):
+                continue
+            other = posix.stat(path + beside)
+            if other.st_mode & 0o002 or other.st_uid not in (0, status.st_uid):
+                problem = "%s%s is writable by everybody, or somebody else's" % (path, beside)
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise Reply(2, "%s: %s" % (name, problem))
+    return path
+
+
+def is_url(name):
+    """Whether a source is a database on a server: part two."""
+    return name[0] not in "/." and ("://" in name or name.startswith(("mysql:", "postgresql:")))
+
+
+def is_script(name):
+    """Whether a source is to be loaded into memory: part two."""
+    return name.endswith(".sql") and not is_url(name)
+
+
+def open_source(name, seconds):
+    """The source that `--db` names, for queries of up to `seconds`; raises Reply.
+
+    A source has `find(field, texts)`: list of rows, and `rows()`: iterator of (number, row); a row
+    has the FIELDS, as they are stored.
+    """
+    if is_url(name):
+        return Database(name, seconds)
+    path = check_file(name)
+    if is_script(name):
+        return open_script(name, seconds)
+    with open(name, "rb", 0) as file:
+        head = file.read(20)
+    if not head.startswith(b"SQLite format 3\0"):
+        return open_text(open(name, "rb"), name)
+    import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
+    path = path if path.startswith("/") else "./" + path
+    # A WAL database wants files beside it, though it only reads; not if nobody is at work on it.
+    frozen = head[19] == 2 and not posix.access(path + "-wal", posix.F_OK) and (
+        not posix.access(path.rpartition("/")[0] + "/", posix.W_OK))
+    uri = "file:%s?mode=ro" % "".join(["%%%02X" % byte for byte in path.encode(
+        sys.getfilesystemencoding(), "surrogateescape")])
+    connection = _sqlite3.connect(uri + "&immutable=1" * frozen, uri=True, timeout=seconds,
+                                  isolation_level=None)
+    return SqliteSource(connection, name, seconds, frozen)
+
+
+class SqliteSource:
+    """The table or view `agent` of an SQLite connection. deadline: when a query is given up, in
+    time.monotonic(); frozen: changes to the file do not show."""
+
+    unit = "row"
+
+    def __init__(self, connection, name, seconds, frozen=False):
+        self.connection, self.name, self.frozen, self.typeless = connection, name, frozen, None
+        self.deadline = time.monotonic() + seconds
+        connection.text_factory = lambda text: str(text, "latin-1")  # beyond ASCII breaks all rules
+        connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
+
+    def query(self, sql, values=()):
+        """Iterator of rows; raises Reply."""
+        try:
+            yield from self.connection.execute(sql, values)
+        except Reply:
+            raise
+        except Exception as error:
+            raise Reply(2, "%s: %s" % (self.name, reason_of(error))) from None
+
+    def find(self, field, texts):
+        """The rows in which the field is one of the texts, or the number that an id is: a column
+        without a type (PRAGMA table_info) may hold either."""
+        if self.typeless is None:
+            columns = self.query("PRAGMA table_info(agent)")
+            self.typeless = {column[1].lower() for column in columns if not column[2]}
+        values = texts + [int(texts[0])] if field == "id" and "id" in self.typeless else texts
+        return list(self.query(query_for(field, "?", len(values)), values))
+
+    def rows(self):
+        """Iterator of (row number, row)."""
+        return enumerate(self.query(ROWS), 1)
+
+
+def query_for(field, mark, count):
+    """The query of every database; mark: what its driver wants in the place of a parameter."""
+    return "%s WHERE %s IN (%s)" % (ROWS, field, ", ".join([mark] * count))
+
+
+def reason_of(error):
+    """What SQLite says of a failure, without names and values, which could be stored text."""
+    text = str(error)
+    if text in ("interrupted", "database is locked"):
+        return "no answer in time (--timeout)"
+    if text.startswith(("no such table", "no such column")):
+        return "it lacks a table or view agent(id, name, ip, agent_key)"
+    for mark in ":(\"'":
+        text = text.partition(mark)[0]
+    return text.rstrip()
+
+
+class TextSource:
+    """Agents in a text file, which is read once. parsed: iterator of one row for each line, the first
+    of which has the number `first`; agent_in: gives a row as it is to be, or None for no agent."""
+
+    unit = "line"
+
+    def __init__(self, parsed, first, agent_in):
+        self.parsed, self.first, self.agent_in = parsed, first, agent_in
+
+    def find(self, field, texts):
+        """The rows in which the field is one of the texts."""
+        place, wanted = FIELDS.index(field), set(texts)
+        found = [row for row in self.parsed if row[place] in wanted]
+        return list(filter(None, map(self.agent_in, found)))
+
+    def rows(self):
+        """Iterator of (line number, row)."""
+        for number, row in enumerate(self.parsed, self.first):
+            agent = self.agent_in(row)
+            if agent:
+                yield number, agent
+
+
+def client_keys(lines):
+    """The rows of a manager's client.keys."""
+    for line in lines:
+        row = line.split(" ", 3)
+        yield row if len(row) == 4 else row + [MISSING] * (4 - len(row))
+
+
+def agent_in_keys(row):
+    """A row of client.keys, None for a comment or a removed agent."""
+    if not row[0].rstrip("\r\n") or row[0][0] == "#" or row[1][:1] in ("!", "#"):
+        return None
+    return row[:3] + [row[3].rstrip("\r\n")]
+
+
+def delimited(lines, name, header, delimiter, places):
+    """The rows of CSV, or of what `mysql --batch` writes, after `header` lines; raises Reply."""
+    import csv
+    from operator import itemgetter
+    tabs, pick, width = delimiter == "\t", itemgetter(*places), max(places) + 1
+    csv.field_size_limit(sys.maxsize)  # somebody else's long field must not end the reading
+    reader = csv.reader(lines, delimiter=delimiter, strict=True,
+                        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    number = 0
+    try:
+        for fields in reader:
+            if reader.line_num != number + 1:  # a quote swallowed the agents after it
+                raise csv.Error
+            number += 1
+            row = pick(fields if len(fields) >= width else fields + [MISSING] * width)
+            yield BLANK if not fields else [unescaped(field) for field in row] if tabs else row
+    except csv.Error:
+        raise Reply(2, "%s: line %d: a broken quote, a row that spans lines, or a NUL" % (
+            name, header + number + 1)) from None
+
+
+def unescaped(field):
+    """A tab-separated field without a spreadsheet's quotes or the escapes of `mysql --batch`."""
+    if field[:1] == '"' == field[-1:] and len(field) > 1:
+        field = field[1:-1].replace('""', '"')
+    parts = field.split("\\\\") if field not in ("NULL", "\\N") else []
+    for place, part in enumerate(parts):
+        parts[place] = part.replace("\\t", "\t").replace("\\n", "\n").replace("\\0", "\0")
+    return "\\".join(parts)
+
+
+def open_text(stream, name, whole=lambda lines, _: lines):
+    """The source in a text file, told by its first line that is neither blank nor a comment. whole:
+    what the lines are passed through, for an import."""
+    from io import TextIOWrapper
+    from itertools import chain
+    head = [stream.readline(9999).decode("latin-1").replace("\xef\xbb\xbf", "", 1)]  # a BOM
+    while head[-1] and head[-1][0] in "# \r\n":
+        head.append(stream.readline(9999).decode("latin-1"))
+    first = head[-1].strip("\r\n")
+    delimiter = max(",;\t", key=first.count)
+    columns = [column.strip(' "').lower() for column in first.split(delimiter)]
+    is_csv = "id" in columns and len(columns) > 1
+    lines = TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n")
+    if is_csv:
+        key = "key" if "key" in columns else "agent_key"
+        if not {"name", "ip", key} < set(columns):
+            raise Reply(2, "%s: its header lacks one of id, name, ip and key (or agent_key)" % name)
+        places = [columns.index(field) for field in ("id", "name", "ip", key)]
+        rows = delimited(whole(lines, head), name, len(head), delimiter, places)
+        return TextSource(rows, len(head) + 1, lambda row: None if row is BLANK else row)
+    words = first.split(" ", 3) + [""] * 3
+    is_agent = words[3] and (only(DIGITS, words[0]) or words[2] == "any" or "." in words[2])
+    if is_agent or name.endswith(".keys") or not first and "".join(head).strip():
+        return TextSource(client_keys(whole(chain(head, lines), [])), 1, agent_in_keys)
+    raise Reply(2, "%s: %s" % (name, "no SQLite database, CSV with a header (id, name, ip, key), "
+                               "client.keys or script named .sql" if first else "it is empty"))
+
+
+# -------------------------------------------------------------------------------------- the answer
+
+def look_up(words, find_source):
+    """The Reply with the record asked for; raises the Reply for an error."""
+    field, texts = parse_request(words)
+    rows = best(find_source().find(field, texts), field, texts)
+    if len(rows) != 1:
+        raise Reply(5, field) if rows else Reply(4)
+    record, faults = judge(rows[0])
+    if faults:
+        raise Reply(6, "%s: %s" % (agent_of(record), faults[0]))
+    return Reply(0, agent_of(record), record)
+
+
+def answer(words, find_source):
+    """The Reply to a request, by either method; never raises for what it asks or finds.
+
+    words: list of str (`["id", "001"]`), as anyone may have sent them; find_source: called for the
+    source, once the request is sound.
+    """
+    try:
+        return look_up(words, find_source)
+    except Reply as reply:
+        return reply
+    except ImportError as error:
+        return Reply(2, without_module(error))
+    except OSError as error:
+        return Reply(2, "%s: %s" % (error.filename or "reading it", error.strerror))
+    except Exception as error:
+        return unforeseen(error)
+
+
+def without_module(error):
+    """What to do about a Python that is not whole, such as that of Debian's python3-minimal."""
+    return "%s has no module %s: install the whole of python3 (Debian: the package python3)" % (
+        sys.executable, error.name)
+
+
+def unforeseen(error):
+    """The Reply for an exception that nobody has foreseen; its own text could hold a key."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return Reply(9, "%s in line %d of the script" % (type(error).__name__, trace.tb_lineno))
+
+
+# ----------------------------------------------------------------------------------- command line
+
+VALUES = {  # what the options with a value take; part two knows which option goes with what
+    "--db": "SOURCE", "--timeout": "SECONDS", "--socket": "PATH", "--mode": "MODE",
+    "--group": "NAME", "--workers": "NUMBER", "--import": "SOURCE", "--manager": "HOME"}
+
+
+def split_command_line(arguments):
+    """The command line as (options, words): a dict of str, and the list of str that follows."""
+    options, words = {}, list(arguments)
+    while words and words[0].startswith("-"):
+        name, equals, value = words.pop(0).partition("=")
+        if name in VALUES and not equals and words and (words[0] == "-" or words[0][:1] != "-"):
+            value = words.pop(0)
+        options[name] = value
+    return options, words
+
+
+def number_of(options, name, default):
+    """A numeric option: a float, more than 0 and at most 3600, or 0 for what is none."""
+    try:
+        number = float(options.get(name, default))
+    except ValueError:
+        number = 0.0
+    return number if 0 < number <= 3600 else 0.0
+
+
+def say(stream, text):
+    """A line for people, on 1 or 2."""
+    posix.write(stream, printable(text).encode("ascii") + b"\n")
+
+
+def tell_syslog(is_error, text):
+    """A line to syslog, where an administrator looks for what the manager does not tell him."""
+    import syslog
+    signal(SIGALRM, lambda *_: None)
+    setitimer(ITIMER_REAL, 1, 0.5)  # or a log that nobody reads would hold us here for ever
+    syslog.openlog(NAME, syslog.LOG_PID, syslog.LOG_AUTHPRIV)
+    syslog.syslog(syslog.LOG_ERR if is_error else syslog.LOG_INFO, printable(text))
+    setitimer(ITIMER_REAL, 0)
+
+
+def answer_once(words, name, seconds):
+    """The executable method: answers on standard output, then tells syslog."""
+    def give_up(*_):
+        raise Reply(2, "%s: no answer in time (--timeout)" % name)
+    signal(SIGALRM, give_up)
+    setitimer(ITIMER_REAL, seconds)
+    try:
+        reply = answer(words, lambda: open_source(name, seconds * 0.9))
+        setitimer(ITIMER_REAL, 0)
+    except Reply as late:
+        reply = late
+    try:
+        posix.write(1, reply.line())
+        if reply.number == 1 and posix.isatty(2):
+            say(2, "%s: --help tells what it takes" % NAME)
+    except OSError:
+        pass  # nobody takes the answer
+    if reply.number in FOR_THE_OPERATOR:
+        tell_syslog(reply.number, "%s: %s" % (" ".join(words), reply.message))
+
+
+def begin(arguments):
+    """Answer, and leave, if it is a request to a file in plain words; else returns what part two
+    needs: (options, words, name of the source)."""
+    while posix.open("/dev/null", posix.O_RDWR) < 3:
+        pass  # a descriptor that is closed would become a store, and get our messages
+    # The manager starts its programs with these blocked, and could not end a Python otherwise.
+    pthread_sigmask(SIG_UNBLOCK, (SIGTERM, SIGINT, SIGHUP))
+    signal(SIGINT, SIG_DFL)
+    options, words = split_command_line(arguments)
+    named = posix.environ.get(b"AGENT_KEY_DB", b"").decode(sys.getfilesystemencoding(), "surrogateescape")
+    name, seconds = options.get("--db") or named or STORE, number_of(options, "--timeout", SECONDS)
+    if set(options) <= {"--db", "--timeout"} and all(options.values()) and seconds and (
+            not is_url(name) and not is_script(name)):
+        answer_once(words, name, seconds)
+        posix._exit(0)  # an orderly end of the interpreter costs 7 M, for nothing
+    try:
+        import _sqlite3  # noqa: F401
+    except ImportError as error:  # then part two would lack more modules
+        reply = Reply(2, without_module(error))
+        posix.write(*(1, reply.line()) if words else (2, reply.message.encode("ascii") + b"\n"))
+        posix._exit(0 if words else 1)
+    return options, words, name
+
+
+if __name__ == "__main__":
+    given = begin(sys.argv[1:])
+
+# ========================================================================= part two: all the rest
+import errno
+import fcntl
+import grp
+import json
+import mmap
+import os
+import re
+import select
+import shlex
+import signal as signals
+import site
+import socket
+import socketserver
+import sqlite3
+import stat
+import struct
+import subprocess
+import zlib
+from _signal import SIG_BLOCK, SIG_IGN
+from difflib import get_close_matches
+from hashlib import sha256
+from importlib import import_module
+from urllib.parse import parse_qsl, unquote
+
+NOBODY = "00000000"         # an id that no agent has
+
+
+class Trouble(Exception):
+    """What keeps a person's command from its work: told on stderr, with exit status 1."""
+
+
+# ---------------------------------------------------------------------------- databases and scripts
+
+DRIVERS = {"mysql": ("pymysql", "MySQLdb", "mysql.connector"), "postgresql": ("psycopg", "psycopg2")}
+READ_ONLY = {"mysql": "SET SESSION TRANSACTION READ ONLY",
+             "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"}
+INDEXED = {  # the first column of each index
+    "mysql": "SELECT column_name FROM information_schema.statistics WHERE table_name = 'agent' "
+             "AND table_schema = database() AND seq_in_index = 1",
+    "postgresql": "SELECT attname FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND "
+                  "attnum = indkey[0] WHERE indrelid = 'agent'::regclass"}
+
+
+URL = re.compile(r"(mysql|postgresql)://(?:([^:@/?#]*)@)?(\[[^]@/?#]*\]|[^:@/?#]*)"
+                 r"(?::([0-9]{1,5}))?(?:/([^@/?#]*))?(?:\?([^@#]*))?\Z")  # no place for a password
+
+
+def parse_url(url):
+    """A database's URL as (scheme, what people may see of it, dict for connect()); raises Reply."""
+    match = URL.match(url)
+    scheme, user, host, port, name, query = match.groups("") if match else [""] * 6
+    options = {"user": unquote(user), "host": unquote(host.strip("[]")), "port": port and int(port),
+               "database" if scheme == "mysql" else "dbname": unquote(name)}
+    options.update(parse_qsl(query.replace("+", "%2B")))
+    if not match or any("passw" in name or "local_infile" in name for name in options):
+        raise Reply(2, "its URL must be mysql://user@host/database or postgresql://user@host/database"
+                    ", special characters percent-encoded, without a password, which `ps` would show:"
+                    " that goes into a file, ?read_default_file=FILE (MySQL) or ?passfile=FILE")
+    shown = "%s://%s%s/%s" % (scheme, user and user + "@", host, name)
+    return scheme, shown, {name: value for name, value in options.items() if value}
+
+
+class Database:
+    """The table or view `agent` of a MySQL, MariaDB or PostgreSQL server that a URL names.
+
+    It connects when it is first asked, and anew when the connection has broken. An alarm ends what
+    takes longer than `seconds`; drivers that it does not get through to have time-outs themselves.
+    """
+
+    unit = "row"
+
+    def __init__(self, url, seconds):
+        self.scheme, self.name, self.options = parse_url(url)
+        self.seconds, self.connection, self.driver = seconds, None, self.find_driver()
+        limit = int(seconds) or 1
+        self.options.setdefault("connect_timeout", limit)
+        if self.driver.__name__ == "mysql.connector":
+            self.options.update(autocommit=True, use_pure=True, allow_local_infile=False)
+        elif self.scheme == "mysql":
+            self.options.update(autocommit=True, local_infile=0, read_timeout=limit,
+                                write_timeout=limit)
+        signal(SIGALRM, self.give_up)
+
+    def find_driver(self):
+        """The DB-API module, from the system's packages and nowhere else; raises Reply."""
+        sys.path += [path for path in site.getsitepackages() if path not in sys.path]
+        for name in DRIVERS[self.scheme]:
+            try:
+                driver = import_module(name)
+            except ImportError:
+                continue
+            if name == "psycopg2":  # an alarm would not get through to its C
+                driver.extensions.set_wait_callback(import_module("psycopg2.extras").wait_select)
+            return driver
+        raise Reply(2, "%s: no driver is installed: %s would do, from the system's packages; or copy "
+                    "the keys with --import" % (self.name, " or ".join(DRIVERS[self.scheme])))
+
+    def give_up(self, *_):
+        """The handler of the alarm."""
+        raise Reply(2, "%s: no answer in time (--timeout)" % self.name)
+
+    def execute(self, sql, values):
+        """List of rows, in a session that only reads."""
+        if self.connection is None:
+            self.connection = self.driver.connect(**self.options)
+            if self.scheme == "postgresql":
+                self.connection.autocommit = True
+            self.connection.cursor().execute(READ_ONLY[self.scheme])
+        cursor = self.connection.cursor()
+        cursor.execute(sql, values)
+        return list(cursor)
+
+    def query(self, sql, values=None):
+        """List of rows; raises Reply, without what a driver quotes: that could be stored text."""
+        end, kept = time.monotonic() + self.seconds, self.connection
+        setitimer(ITIMER_REAL, self.seconds)
+        try:
+            try:
+                return self.execute(sql, values)
+            except Exception as error:
+                self.connection = None
+                if not kept or isinstance(error, Reply):
+                    raise
+            return self.execute(sql, values)  # the connection that was kept had broken
+        except Reply:
+            raise
+        except Exception as error:
+            self.connection = None
+            if time.monotonic() > end - 0.1:
+                self.give_up()
+            text = re.sub(r"(['\"`]).*?\1", "...", "".join(str(error).splitlines()[:1]))
+            raise Reply(2, "%s: %s" % (self.name, text)) from None
+        finally:
+            setitimer(ITIMER_REAL, 0)
+
+    def find(self, field, texts):
+        """The rows in which the field is one of the texts."""
+        return self.query(query_for(field, "%s", len(texts)), tuple(texts))
+
+    def rows(self):
+        """Iterator of (row number, row)."""
+        return enumerate(self.query(ROWS), 1)
+
+    def indexed(self):
+        """The fields that have an index."""
+        return {text_of(row[0]) for row in self.query(INDEXED[self.scheme])}
+
+
+def open_script(name, seconds):
+    """The source in an SQL script, loaded into memory statement by statement; raises Reply."""
+    with open(name, encoding="latin-1", newline="") as file:
+        script = file.read()
+    source = SqliteSource(sqlite3.connect(":memory:", isolation_level=None), name, seconds)
+    source.connection.set_authorizer(lambda action, *_: action == sqlite3.SQLITE_ATTACH)  # refuse
+    line, statement, problem = 1, "", ""
+    for piece in script.split(";"):
+        statement += piece + ";"
+        try:
+            if sqlite3.complete_statement(statement):
+                source.connection.execute(statement)
+                line, statement = line + statement.count("\n"), ""
+        except (ValueError, sqlite3.Error, sqlite3.Warning) as error:
+            problem = "SQLite cannot run this" if str(error) != "interrupted" else reason_of(error)
+            break
+    if statement:  # its text stays here: it could hold keys
+        line += statement[:len(statement) - len(statement.lstrip())].count("\n")
+        raise Reply(2, "%s: line %d: %s" % (name, line, problem or "a statement without an end"))
+    return source
+
+
+# ------------------------------------------------------------------------------------- the server
+
+SOCKET = "/run/agent-key-request/socket"
+WORKERS = 8                 # more than processors: a silent client or a slow database holds one
+SERVER_SECONDS = 5.0        # for each request
+REQUEST_LENGTH = 128        # bytes; the manager's longest is `ip:` and 39
+PATIENCE, LITTLE = 1.0, 0.05  # seconds for a silent client; for the next one after him
+DRAIN = 15.0                # seconds for those who wait when the server stops
+REPEAT, LINES = 60, 4096    # seconds in which the same line is logged once, and how many are known
+RETIRE, LOOK = signals.SIGUSR1, signals.SIGUSR2  # what the parent tells its workers
+SIGNALS = (SIGTERM, SIGINT, SIGHUP, signals.SIGCHLD, RETIRE, LOOK)
+
+
+class Log:
+    """Lines on stderr, of all processes of a server: what was written stands in one table of theirs,
+    of one size, so that a flood fills neither the log nor the memory."""
+
+    def __init__(self, verbose):
+        self.verbose, self.table, status = verbose, mmap.mmap(-1, 8 * LINES), os.fstat(2)
+        in_journal = os.environ.get("JOURNAL_STREAM") == "%d:%d" % (status.st_dev, status.st_ino)
+        self.prefixes = ("<6>", "<3>") if in_journal else (NAME + ": info: ", NAME + ": error: ")
+        os.set_blocking(2, os.isatty(2))  # who does not read the log must not stop the server
+
+    def write(self, is_error, text):
+        """A line, unless the same was written within the last minute."""
+        line = (self.prefixes[bool(is_error)] + printable(text)).encode("ascii") + b"\n"
+        stamp, now = zlib.crc32(line), int(time.monotonic())
+        place = stamp % LINES * 8
+        last, when = struct.unpack_from("II", self.table, place)
+        if last != stamp or now - when >= REPEAT or self.verbose:
+            struct.pack_into("II", self.table, place, stamp, now)
+            try:
+                os.write(2, line)
+            except OSError:
+                pass
+
+
+class Memory:
+    """The agents of a text source or script, by id and by ip."""
+
+    def __init__(self, source):
+        self.tables = {"id": {}, "ip": {}}
+        for _, row in source.rows():
+            for field, table in self.tables.items():
+                table.setdefault(str(row[FIELDS.index(field)]), []).append(tuple(row))
+
+    def find(self, field, texts):
+        """The rows in which the field is one of the texts."""
+        return [row for text in texts for row in self.tables[field].get(text, ())]
+
+
+class Conversation(socketserver.BaseRequestHandler):
+    """One connection: a request, an answer, the end."""
+
+    def handle(self):
+        """Answer; whatever a client does, it does not keep a worker."""
+        received, log = self.receive(), self.server.log
+        if not received:
+            return
+        words = received.rstrip(b"\r\n\0").decode("latin-1").split(":", 1)
+        reply = Reply(3, ": more than %d bytes" % REQUEST_LENGTH)
+        if len(received) <= REQUEST_LENGTH:
+            reply = answer(words, self.server.find_source)
+        try:
+            self.request.sendall(reply.line())  # far less than a socket holds: it does not wait
+        except OSError:
+            pass  # it has gone
+        if reply.number == 2:
+            self.server.close_source()
+        if reply.number in FOR_THE_OPERATOR or log.verbose:
+            whose = "" if reply.number == 2 and not log.verbose else ":".join(words) + ": "
+            log.write(reply.number not in (0, 4), whose + reply.message)
+
+    def receive(self):
+        """What the client says until there is a `:`, in bytes. The manager sends at once."""
+        received, end = b"", 0.0
+        while b":" not in received and len(received) <= REQUEST_LENGTH:
+            try:
+                piece = self.request.recv(REQUEST_LENGTH + 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                end = end or time.monotonic() + self.server.patience
+                if select.select([self.request], [], [], max(0, end - time.monotonic()))[0]:
+                    continue
+                self.server.patience = LITTLE
+                return received
+            except OSError:
+                piece = b""
+            if not piece:
+                return received
+            received += piece
+        self.server.patience = PATIENCE
+        return received
+
+
+class Server(socketserver.UnixStreamServer):
+    """The listening socket, the parent that starts, replaces and ends workers, and what they do."""
+
+    request_queue_size = 65535  # the kernel cuts it to net.core.somaxconn; connect never times out
+    name, seconds, count, log, path, lock = "", 0.0, 0, Log, None, -1  # path: None if it was passed
+    memory = source = held = stamp = None  # of the source, which each worker opens for itself
+    patience, ending = PATIENCE, False
+
+    def listen(self, mode, group):
+        """Listen on a socket born with its mode and group: no chmod, no race. Its path is locked until
+        the last of our processes ends. Raises Trouble or OSError."""
+        path, folder = self.server_address, os.path.dirname(self.server_address) or "."
+        if path == SOCKET and not os.path.isdir(folder):
+            os.mkdir(folder, 0o755)
+        if not os.path.isdir(folder):
+            raise Trouble("the folder %s is missing" % folder)
+        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Trouble("%s: a server is already running there, process %s" % (
+                path, os.read(lock, 20).decode("latin-1"))) from None
+        os.ftruncate(lock, 0)
+        os.write(lock, b"%d" % os.getpid())
+        if os.path.lexists(path):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.setblocking(False)
+                if not stat.S_ISSOCK(os.lstat(path).st_mode) or (
+                        probe.connect_ex(path) != errno.ECONNREFUSED):
+                    raise Trouble("%s: another program listens there, or it is no socket" % path)
+            os.unlink(path)
+        try:
+            own, number = os.getegid(), grp.getgrnam(group).gr_gid if group else os.getegid()
+        except KeyError:
+            raise Trouble("--group %s: there is no such group" % group) from None
+        mask = os.umask(0o777 & ~int(mode, 8))
+        try:
+            os.setegid(number)
+            self.server_bind()
+            self.server_activate()
+        finally:
+            os.setegid(own)
+            os.umask(mask)
+        self.path, self.inode = path, os.stat(path).st_ino
+
+    def work(self, parent):
+        """Answer one after the other, until the socket is closed or shut down, or the parent ends."""
+        while True:
+            try:
+                connection, address = self.get_request()
+            except BlockingIOError:  # nobody came for a second (SO_RCVTIMEO)
+                if os.getppid() != parent:
+                    return
+                continue
+            except OSError:
+                return
+            self.process_request(connection, address)
+
+    def shutdown_request(self, request):
+        """As socketserver's, with one system call less."""
+        request.close()
+
+    def find_source(self):
+        """The source as it is now; raises Reply or OSError."""
+        if self.memory:
+            return self.memory
+        if self.held is not None and (
+                self.source.frozen or stamp_of(os.stat(self.name)) != self.stamp):
+            self.close_source()
+        if self.source is None:
+            if not is_url(self.name):  # held open, so that its inode cannot come back
+                self.held = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK)
+                self.stamp = stamp_of(os.fstat(self.held))
+            self.source = open_source(self.name, self.seconds)
+            if isinstance(self.source, TextSource) or is_script(self.name):
+                self.memory = Memory(self.source)
+                return self.memory
+        self.source.deadline = time.monotonic() + self.seconds
+        return self.source
+
+    def close_source(self):
+        """Let go of a store that was replaced, or that gave an error."""
+        self.source = None
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    def read_source(self):
+        """For the parent: see that the source can be read, and read it if it is for the memory; if
+        not, raises Reply or OSError, and what there was stays."""
+        kept, self.memory = self.memory, None
+        try:
+            self.find_source().find(*parse_request(["id", NOBODY]))
+        except (Reply, OSError):
+            self.memory = kept
+            raise
+        finally:
+            self.close_source()
+
+    def start_workers(self):
+        """Start as many as there are to be, and retire those there are."""
+        old, self.workers = self.workers, dict.fromkeys(self.workers, False)
+        for _ in range(self.count):
+            self.start_worker()
+        for process in old:
+            os.kill(process, RETIRE)
+
+    def start_worker(self):
+        """Fork a worker. workers: whether each, by its process id, is to be replaced if it ends."""
+        parent = os.getpid()
+        process = os.fork()
+        if process:
+            self.workers[process] = True
+            return
+        try:
+            for number in (SIGTERM, SIGINT, SIGHUP):
+                signal(number, SIG_IGN)  # which a terminal sends to all; the parent decides
+            signal(RETIRE, lambda *_: self.socket.close())  # a retried accept fails then
+            signal(LOOK, lambda *_: None)  # a retried accept sees that the socket was shut down
+            pthread_sigmask(SIG_UNBLOCK, SIGNALS)
+            self.work(parent)
+            os._exit(0)
+        except BaseException as error:
+            self.log.write(True, "worker %d: %s" % (os.getpid(), unforeseen(error).message))
+        finally:
+            os._exit(1)
+
+    def collect(self):
+        """See which workers have ended, and replace those that should not have."""
+        for _ in list(self.workers):
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if not process:
+                return
+            if self.workers.pop(process, False) and not self.ending:
+                how = "signal %d" % (status & 127) if status & 127 else "status %d" % (status >> 8)
+                self.log.write(True, "worker %d ended with %s, another replaces it" % (process, how))
+                time.sleep(0.05)  # or workers that end at once would take all the processors
+                self.start_worker()
+
+    def run(self):
+        """Serve until SIGTERM or SIGINT, or, on a terminal, until it hangs up."""
+        self.workers, number = {}, None
+        self.start_workers()
+        self.log.write(False, "ready: %d workers on %s, source %s" % (
+            self.count, self.server_address, self.name))
+        notify(b"READY=1")
+        ends = (SIGTERM, SIGINT, SIGHUP) if os.isatty(2) else (SIGTERM, SIGINT)
+        while number not in ends:
+            number = signals.sigwait(SIGNALS)
+            self.collect()
+            if number == SIGHUP and number not in ends:
+                try:
+                    self.read_source()
+                    self.start_workers()
+                except (Reply, OSError) as problem:
+                    self.log.write(True, message_of(problem))
+        self.stop()
+
+    def stop(self):
+        """End the workers, once they have answered all who have connected."""
+        self.ending, end = True, time.monotonic() + DRAIN
+        self.log.write(False, "stopping")
+        notify(b"STOPPING=1")
+        kept = not self.path and "INVOCATION_ID" in os.environ  # by systemd, with all in its queue
+        if self.path and os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode:
+            os.unlink(self.path)
+        if not kept:
+            self.socket.shutdown(socket.SHUT_RD)  # nobody more connects
+        for process in self.workers:
+            os.kill(process, RETIRE if kept else LOOK)
+        while self.workers and time.monotonic() < end:
+            signals.sigtimedwait({signals.SIGCHLD}, 0.1)
+            self.collect()
+        for process in self.workers:
+            os.kill(process, signals.SIGKILL)
+
+
+def stamp_of(status):
+    """What differs when a file was replaced or written."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def notify(state):
+    """Tell systemd, if it is there ($NOTIFY_SOCKET: a path, or @ and an abstract name)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+        try:
+            messenger.sendto(state, re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]))
+        except (KeyError, OSError):
+            pass
+
+
+def serve(options, name):
+    """Run the server to its end; raises Reply, Trouble or OSError if it cannot start."""
+    pthread_sigmask(SIG_BLOCK, SIGNALS)  # the parent waits for them
+    server = Server(options.get("--socket", SOCKET), Conversation, bind_and_activate=False)
+    server.name, server.seconds = name, number_of(options, "--timeout", SERVER_SECONDS)
+    server.count, server.log = int(number_of(options, "--workers", WORKERS)) or 1, Log("-v" in options)
+    passed = (os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS")) == (str(os.getpid()), "1")
+    try:
+        server.read_source()
+    except (Reply, OSError) as problem:
+        if not passed:
+            raise
+        server.log.write(True, message_of(problem))  # who waits in the queue is told until it is there
+    if passed:
+        server.socket.close()
+        server.socket = socket.socket(socket.AF_UNIX, fileno=3)
+        server.server_address = server.socket.getsockname()
+    else:
+        server.listen(options.get("--mode", "0600"), options.get("--group"))
+    server.socket.setblocking(True)
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
+    server.run()
+
+
+def ask_server(path, words, seconds):
+    """Ask a running server as the manager would: its answer, in bytes; raises Reply."""
+    parse_request(words)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(seconds)
+            connection.connect(path)
+            connection.sendall(":".join(words).encode("ascii"))
+            line = connection.recv(65536)
+    except OSError as error:
+        raise Reply(2, "no server answers at %s: %s" % (path, error.strerror or error)) from None
+    if not line:
+        raise Reply(2, "the server at %s closed without an answer" % path)
+    return line
+
+
+# ------------------------------------------------------------------------------- keeping the store
+
+APPLICATION_ID = 0x414B5251  # in the header of a store that an import made
+TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL,
+    ip VARCHAR(64) NOT NULL, agent_key VARCHAR(128) NOT NULL)"""
+INDEX = "CREATE INDEX agent_%s ON agent (%s)"
+TWICE = """SELECT agent.rowid, id, first FROM (SELECT {0} AS value, min(rowid) AS first FROM agent
+    WHERE {0} <> 'any' GROUP BY {0} HAVING count(*) > 1) CROSS JOIN agent ON agent.{0} = value
+    WHERE agent.rowid > first"""
+FINDINGS = 100              # that are told one by one
+
+
+class Report:
+    """What is found in a source, line by line or as JSON, and on a terminal how far it has come."""
+
+    def __init__(self, stream, as_json=False):
+        self.stream, self.as_json, self.findings, self.due = stream, as_json, [], 0.0
+        self.agents, self.errors, self.notes, self.terminal = 0, 0, 0, os.isatty(2)
+
+    def tell(self, level, text):
+        """A finding. level: `error` for what makes a request fail, `note`, or `info` for none."""
+        self.errors += level == "error"
+        self.notes += level == "note"
+        if level == "info" or self.errors + self.notes <= FINDINGS:
+            self.findings.append({"level": level, "text": text})
+            if not self.as_json:
+                say(self.stream, text if level == "info" else "%s: %s" % (level, text))
+
+    def end(self):
+        """The last lines, or all as JSON."""
+        if self.errors + self.notes > FINDINGS:
+            self.tell("info", "... and %d more" % (self.errors + self.notes - FINDINGS))
+        if self.as_json:
+            say(self.stream, to_json({"agents": self.agents, "errors": self.errors,
+                                      "notes": self.notes, "findings": self.findings}))
+
+    def progress(self):
+        """Show how far it has come, at most five times a second; 0 for SQLite: go on."""
+        if self.terminal and time.monotonic() > self.due:
+            os.write(2, b"%d agents\r" % self.agents)
+            self.due = time.monotonic() + 0.2
+        return 0
+
+    def records(self, source, notes=None):
+        """Iterator of (line or row number, record) of the sound agents of a source; of the others it
+        tells what is wrong. notes: function that gives what else to tell of a sound one."""
+        source.deadline = time.monotonic() + 86400  # for all of them
+        for number, row in source.rows():
+            self.agents += 1
+            if self.terminal:
+                self.progress()
+            record, faults = judge(row)
+            if faults or notes:
+                where = "%s %d: %s: " % (source.unit, number, agent_of(record))
+                for fault in faults:
+                    self.tell("error", where + fault)
+                for level, text in notes(row, record) if not faults else ():
+                    self.tell(level, where + text)
+            if not faults:
+                yield number, record
+
+    def copy(self, source, store, notes=None):
+        """Copy the sound agents of a source into a new SQLite database, and tell of those who have
+        the id, the name or the address of an earlier one."""
+        store.set_progress_handler(self.progress, 100000)
+        store.execute("BEGIN")
+        store.execute(TABLE)
+        store.executemany("INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)",
+                          ((number,) + tuple(record.values())
+                           for number, record in self.records(source, notes)))
+        for field in ("id", "name", "ip"):
+            store.execute(INDEX % (field, field))
+            for number, agent, first in store.execute(TWICE.format(field)):
+                self.tell("error", "%s %d: agent %s: %s is already that of %s %d" % (
+                    source.unit, number, agent, field, source.unit, first))
+        store.execute("COMMIT")
+
+
+def counted(number, what):
+    """`1 agent`, `2 agents`."""
+    return "%d %s%s" % (number, what, "s" * (number != 1))
+
+
+def whole(lines, before):
+    """The lines of a file that is imported: who writes it may have died, or be within the last.
+    before: the list of the lines that were read already."""
+    number, line = len(before), "".join(before[-1:])
+    for line in lines:
+        number += 1
+        yield line
+    if line[-1:] not in ("\r", "\n"):
+        raise Trouble("line %d has no end; if it is whole, end it with a newline" % number)
+
+
+def open_import(origin, seconds):
+    """The source that an import reads; raises Reply, Trouble or OSError."""
+    if origin != "-":
+        source = open_source(origin, seconds)
+        if not isinstance(source, TextSource):
+            return source
+    stream = open(origin, "rb") if origin != "-" else open(0, "rb", closefd=False)
+    return open_text(stream, origin if origin != "-" else "standard input", whole)
+
+
+def refuse_to_replace(path):
+    """Raise Trouble unless nothing stands there, or a store that an import made: the name, links
+    followed, of a file that nobody else writes."""
+    what = ""
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "no regular file"
+    elif os.path.exists(path) and os.path.getsize(path):
+        try:
+            store = open_source(path, SECONDS)
+            made = list(store.query("PRAGMA application_id")) == [(APPLICATION_ID,)]
+            others = list(store.query("SELECT 1 FROM sqlite_master WHERE tbl_name <> 'agent'"))
+            what = "" if made and not others else "a database that no --import made as it is"
+            list(store.query("SELECT count(*) FROM agent"))
+        except (Reply, AttributeError):
+            what = what or "no SQLite database, or a damaged one"
+    for suffix in ("-journal", "-wal"):
+        if os.path.lexists(path + suffix):
+            what = "a database that somebody is writing (%s%s)" % (path, suffix)
+    if what:
+        raise Trouble("%s is %s: move it away, or name another --db" % (path, what))
+
+
+def claim(path):
+    """A new file to build a store in, locked until this process ends; raises Trouble or OSError.
+    What an import that was killed has left there is used again."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Trouble("another import builds %s: try again when it has ended" % path) from None
+    status = os.fstat(lock)
+    ours = status.st_uid == os.geteuid() and status.st_nlink == 1 and status.st_mode == 0o100600
+    if not ours or not os.path.exists(path) or os.stat(path).st_ino != status.st_ino:
+        raise Trouble("%s is in the way: remove it and try again" % path)
+    os.ftruncate(lock, 0)
+    return lock
+
+
+def interrupt(*_):
+    """The handler of signals that end an import."""
+    raise Trouble("interrupted")
+
+
+def import_agents(options, name):
+    """Make `--db` hold what `--import` names, or leave it as it is; raises Reply, Trouble, OSError."""
+    path, origin, report = os.path.realpath(name), options["--import"], Report(2)
+    beside, folder = path + ".import", os.path.dirname(path)
+    if (is_url(name) or is_script(name)):
+        raise Trouble("--import makes an SQLite file, and --db %s is none" % name)
+    if name == STORE and not os.path.isdir(folder):
+        os.mkdir(folder, 0o700)
+    refuse_to_replace(path)
+    source = open_import(origin, number_of(options, "--timeout", SECONDS))
+    signal(SIGINT, interrupt)
+    signal(SIGTERM, interrupt)
+    lock = claim(beside)
+    try:
+        store = sqlite3.connect(beside, isolation_level=None)
+        store.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; "
+                            "PRAGMA application_id = %d" % APPLICATION_ID)
+        report.copy(source, store)
+        store.close()
+        report.end()
+        if report.errors or origin == "-" and not report.agents:  # who writes it may have died
+            raise Trouble(counted(report.errors, "fault") if report.errors else "no agent there")
+        if os.path.exists(path):
+            status = os.stat(path)
+            os.fchown(lock, status.st_uid, status.st_gid)
+            os.fchmod(lock, status.st_mode & 0o777)
+        os.fsync(lock)
+        refuse_to_replace(path)  # time has passed
+        os.rename(beside, path)
+    except (Reply, Trouble, OSError, sqlite3.Error) as problem:
+        os.unlink(beside)
+        raise Trouble("%s: %s, nothing imported, %s is as it was" % (
+            origin, message_of(problem), path)) from None
+    os.fsync(os.open(folder, os.O_RDONLY))
+    if report.terminal or "-v" in options:
+        say(2, "%s imported into %s" % (counted(report.agents, "agent"), path))
+
+
+def notes_on(row, record):
+    """What a person should know of an agent that breaks no rule: list of (level, text)."""
+    found, mend = [], "no request finds its %s as it is stored: %s is right, --import would mend it"
+    for field, stored in (("id", row[0]), ("ip", row[2])):
+        right = record[field]
+        spelled = str(stored).zfill(3) if field == "id" else stored
+        if isinstance(stored, bytes) or isinstance(stored, str) and stored and spelled != right:
+            found.append(("error", mend % (field, right)))
+    for field in ("name", "key"):
+        if len(record[field]) == 128:
+            found.append(("note", field + " has 128 characters; the manager reads 127 back"))
+    if record["name"] == posix.uname().nodename:
+        found.append(("error", "name is this host's own: its manager refuses that"))
+    return found
+
+
+def missing_indexes(source):
+    """The fields that requests look in and that have no index; none for a view."""
+    if isinstance(source, Database):
+        indexed = source.query(INDEXED[source.scheme])
+    elif list(source.query("SELECT 1 FROM sqlite_master WHERE name = 'agent' AND type = 'view'")):
+        return []
+    else:
+        indexed = [(field,) for field in ("id", "ip") if "SCAN" not in str(list(
+            source.query("EXPLAIN QUERY PLAN " + query_for(field, "''", 1))))]
+    return [field for field in ("id", "ip") if field not in [text_of(row[0]) for row in indexed]]
+
+
+def check_source(name, seconds, report):
+    """Tell what a person wants to know before trusting a source."""
+    try:
+        source = open_source(name, seconds)
+        live = not isinstance(source, TextSource) and not is_script(name)
+        report.copy(source, sqlite3.connect("", isolation_level=None), notes_on)
+        for request in (["id", NOBODY], ["ip", "0.0.0.1"]) if live else ():
+            source.find(*parse_request(request))  # a column's type may not go with it
+        for field in missing_indexes(source) if live else ():
+            report.tell("note", "requests are slow without an index: %s;" % (INDEX % (field, field)))
+        if os.path.isfile(name) and os.stat(name).st_mode & 0o004:
+            report.tell("note", "others may read %s, and keys are secrets: chmod o-r it" % name)
+    except (Reply, OSError, sqlite3.Error) as problem:
+        report.tell("error", message_of(problem))
+
+
+# ------------------------------------------------------------------------------------ the manager
+
+HOMES = ("/var/ossec", "/var/wazuh-manager")
+REFUSALS = {9006: "the manager does not take its address", 9007: "another agent has its address",
+            9008: "another agent, or the manager, has its name", 9012: "another agent has its id",
+            9013: "the manager has no room for more"}
+
+
+def read_configuration(text):
+    """The settings in an ossec.conf, which has several roots, as {path: value}. path: the names of
+    the elements, with attributes, below the root. Of two the later holds, as for the manager."""
+    text = re.sub("<!--.*?-->", "", text, flags=re.DOTALL)
+    path, settings, start = [], {}, 0
+    for tag in re.finditer(r"<(/?)([^\s<>/]+)([^<>]*?)(/?)>", text):
+        end, name, attributes, empty = tag.groups()
+        if end and path and path[-1].split()[0] == name:
+            settings[tuple(path[1:])] = text[start:tag.start()].strip()
+            path.pop()
+        elif not end and not empty:
+            path.append(" ".join([name] + attributes.split()))
+        start = tag.end()
+    return settings
+
+
+def verdict_of(output, status):
+    """What the manager makes of an answer for NOBODY: (whether that is well, what to say of it)."""
+    if status:
+        return False, "ended with status %d: the manager throws its output away" % status
+    try:
+        reply, _ = json.JSONDecoder().raw_decode(output.decode("latin-1").lstrip())
+        number, message = reply["error"], reply.get("message", "")
+    except (ValueError, TypeError, KeyError):
+        return False, ("gave text before the JSON: the manager loses the answer" if b"{" in output
+                       else "gave text that is no JSON" if output else "gave no answer")
+    if number == 4:
+        return True, "gave a sound answer (there is no agent %s)" % NOBODY
+    return False, "gave error %s, %s" % (number, message)
+
+
+class Manager:
+    """A manager on this host. home: its folder, /var/ossec or what --manager names."""
+
+    def __init__(self, options):
+        self.home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
+
+    def find_key_request(self, report):
+        """(version, settings of the key requests): (0, 0) if it is not known; {} for none."""
+        try:
+            with open(self.home + "/VERSION.json", encoding="utf-8") as file:
+                version = tuple(map(int, re.findall("[0-9]+", json.load(file)["version"])[:2]))
+        except (OSError, ValueError, KeyError, TypeError):
+            version = (0, 0)
+            report.tell("note", "%s/VERSION.json does not tell the manager's version" % self.home)
+        path = self.home + "/etc/ossec.conf"
+        with open(path if os.path.exists(path) else self.home + "/etc/wazuh-manager.conf",
+                  encoding="latin-1") as file:
+            settings = read_configuration(file.read())
+        new, old = {}, {}
+        for place, value in settings.items():
+            if place[:2] == ("auth", "key_request") and len(place) == 3:
+                new[place[2]] = value
+            elif place[0].replace("'", '"') == 'wodle name="agent-key-polling"' and len(place) == 2:
+                old[place[1]] = value
+        asked = old if (0, 0) < version < (4, 4) or not new and not version[0] else new
+        if new and old:
+            report.tell("error", "%s has both <key_request>, which managers from 4.4 on read, and <wodle"
+                        " name=\"agent-key-polling\">, which older ones do" % path)
+        if version >= (5, 0):
+            report.tell("error", "a manager of %d.%d asks nobody for keys: use --enroll" % version)
+        elif not asked:
+            report.tell("error", "%s has no <key_request> in <auth> (before 4.4: no <wodle "
+                        "name=\"agent-key-polling\">): the manager asks nobody" % path)
+        elif asked.get("enabled", "yes") != "yes" or (
+                asked is new and settings.get(("auth", "disabled"), "no") != "no"):
+            report.tell("error", "%s does not enable key requests, or <auth>: the manager asks nobody"
+                        % path)
+        else:
+            return version, asked
+        return version, {}
+
+    def check(self, name, report):
+        """Tell why the manager does not enrol, and do what it does."""
+        version, asked = self.find_key_request(report)
+        lexer = shlex.shlex(asked.get("exec_path", ""), posix=True)  # as the manager splits it
+        lexer.whitespace, lexer.quotes, lexer.commenters, lexer.whitespace_split = " ", '"', "", True
+        try:
+            words, seconds, place = list(lexer), float(asked.get("timeout", 60)), asked.get("socket")
+        except ValueError as error:
+            report.tell("error", "exec_path or timeout: %s" % error)
+            return
+        serves = bool(words and place) and (0, 0) < version < (4, 4)  # then it is no fall-back
+        if serves and "--serve" not in words:
+            report.tell("error", "where there is a socket, this manager starts exec_path as the server "
+                        "behind it: --serve is missing there")
+        if asked and not words and not place:
+            report.tell("error", "there is neither exec_path nor socket: the manager can ask nobody")
+        own = number_of(split_command_line(words[1:])[0], "--timeout", SECONDS)
+        if asked and seconds <= own:
+            report.tell("error", "the manager's timeout, %g s, is not longer than ours, %g s" % (
+                seconds, own))
+        if words and not serves:
+            attempt(report, "exec_path", self.run, words, seconds)
+        if place:
+            attempt(report, "socket " + place, check_server, os.path.join(self.home, place), seconds)
+        self.compare(name, report)
+
+    def run(self, words, seconds):
+        """Run an exec_path as the manager does: (whether that is well, what to say of it)."""
+        def become_child():
+            pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP))
+            signal(signals.SIGPIPE, SIG_IGN)
+        try:
+            process = subprocess.Popen(
+                words + ["id", NOBODY], cwd=self.home, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                restore_signals=False, preexec_fn=become_child)
+        except (OSError, ValueError) as error:
+            return False, "cannot be run: %s" % (getattr(error, "strerror", None) or error)
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signals.SIGKILL)
+            return False, "was silent: the manager waits no longer"
+        return verdict_of(output, process.returncode)
+
+    def compare(self, name, report):
+        """Tell how many agents of the source the manager has."""
+        source, keys = open_source(name, SECONDS), open_source(self.home + "/etc/client.keys", SECONDS)
+        enrolled = {record["id"]: record for record in (judge(row)[0] for _, row in keys.rows())}
+        same = missing = 0
+        total = 0
+        for total, (_, row) in enumerate(source.rows(), 1):
+            record = judge(row)[0]
+            same += enrolled.get(record["id"]) == record
+            missing += record["id"] not in enrolled
+        report.tell("info", "%s: %d enrolled, %d not, %d with another name, address or key" % (
+            name, same, missing, total - same - missing))
+
+    def tell(self, function, arguments):
+        """A message to authd's own socket, and its answer: (error, dict); raises Trouble."""
+        path, message = self.home + "/queue/sockets/auth", to_json(
+            {"function": function, "arguments": arguments}).encode("ascii")
+        try:
+            with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as stream:
+                connection.settimeout(30)
+                connection.connect(path)
+                connection.sendall(struct.pack("<I", len(message)) + message)
+                length, = struct.unpack("<I", stream.read(4))
+                reply = json.loads(stream.read(length).decode("latin-1"))
+                number, data = reply["error"], dict(reply.get("data", {}))
+        except OSError as error:
+            raise Trouble("no manager answers at %s: %s" % (path, error.strerror or error)) from None
+        except (ValueError, KeyError, TypeError, struct.error):
+            raise Trouble("%s closed, or gave no answer that we understand" % path) from None
+        if number == 9015:
+            raise Trouble("this manager is a worker of a cluster: run --enroll on its master")
+        return number, data
+
+    def enroll(self, record):
+        """Add an agent, and change none that is there: (whether it was added, what is wrong)."""
+        number, data = self.tell("get", {"id": record["id"]})
+        if number == 9011:  # it is not there
+            number, _ = self.tell("add", record)
+            return not number, number and "not enrolled: " + REFUSALS.get(
+                number, "the manager says error %s" % number)
+        there, _ = judge([data.get(field) for field in FIELDS])
+        other = [field for field in FIELDS if record[field] != there[field]]
+        return False, other and "enrolled with another %s, and left so" % " and ".join(other)
+
+
+def check_server(path, seconds):
+    """Ask a server as the manager does: (whether that is well, what to say of it)."""
+    try:
+        return verdict_of(ask_server(path, ["id", NOBODY], seconds), 0)
+    except Reply as reply:
+        return False, reply.message[len(MESSAGES[2]):]
+
+
+def attempt(report, what, method, *arguments):
+    """Tell what comes of one way of asking, and how long it takes."""
+    started = time.monotonic()
+    well, text = method(*arguments)
+    report.tell("info" if well else "error", "%s %s, in %.1f ms" % (
+        what, text, 1000 * (time.monotonic() - started)))
+
+
+def enroll(options, name):
+    """Add the agents of a source that the manager lacks; returns the exit status."""
+    manager, report, added = Manager(options), Report(2), 0
+    source = open_source(name, number_of(options, "--timeout", SECONDS))
+    try:
+        for number, record in report.records(source):
+            is_new, problem = manager.enroll(record)
+            added += is_new
+            if problem:
+                report.tell("error", "%s %d: %s: %s" % (source.unit, number, agent_of(record), problem))
+    except Trouble as trouble:
+        raise Trouble("%s (%s enrolled before; the next run goes on)" % (
+            trouble, counted(added, "agent"))) from None
+    report.end()
+    if report.terminal or report.errors or "-v" in options:
+        say(2, "%s: %s, %d enrolled now, %s" % (name, counted(report.agents, "agent"), added,
+                                                counted(report.errors, "problem")))
+    return 1 if report.errors else 0
+
+
+def check(options, name):
+    """Report on a source, the server with --socket, the manager with --manager: the exit status."""
+    report, seconds = Report(1, "--json" in options), number_of(options, "--timeout", SECONDS)
+    check_source(name, seconds, report)
+    if "--socket" in options:
+        path = options["--socket"]
+        attempt(report, "server " + path, check_server, path, seconds)
+    if "--manager" in options:
+        Manager(options).check(name, report)
+    report.tell("info", "%s, %s, %s" % (counted(report.agents, "agent"), counted(
+        report.errors, "error"), counted(report.notes, "note")))
+    report.end()
+    return 1 if report.errors else 0
+
+
+# ------------------------------------------------------------------------------------------- main
+
+REQUEST, COMMANDS = "a request", ("--serve", "--import", "--check", "--enroll")
+GOES_WITH = {
+    "--db": (REQUEST,) + COMMANDS, "--timeout": (REQUEST,) + COMMANDS,
+    "--socket": (REQUEST, "--serve", "--check"), "--serve": ("--serve",), "--mode": ("--serve",),
+    "--group": ("--serve",), "--workers": ("--serve",), "--import": ("--import",),
+    "--check": ("--check",), "--json": ("--check",), "--manager": ("--check", "--enroll"),
+    "--enroll": ("--enroll",), "-v": ("--serve", "--import", "--enroll")}
+HELP = """usage: agent_key_request.py [--db SOURCE] [--timeout SECONDS] id AGENT_ID | ip ADDRESS
+       agent_key_request.py --socket PATH id AGENT_ID | ip ADDRESS     (asks a running server)
+       agent_key_request.py [--db SOURCE] --serve [--socket PATH] [--mode 0600] [--group NAME]
+                            [--workers 8] [--timeout SECONDS] [-v]
+       agent_key_request.py [--db STORE] --import SOURCE [-v]          (- for standard input)
+       agent_key_request.py [--db SOURCE] --check [--socket PATH] [--manager [HOME]] [--json]
+       agent_key_request.py [--db SOURCE] --enroll [--manager [HOME]] [-v]
+       agent_key_request.py --version | --help
+SOURCE: SQLite, CSV, client.keys, an SQL script (.sql), mysql://user@host/database or
+postgresql://user@host/database. Without --db: $AGENT_KEY_DB, else
+%s.
+--socket of --serve: %s. --timeout: 10 s; of --serve: 5 s.
+HOME: the manager's folder, %s.
+""" % (STORE, SOCKET, " or ".join(HOMES))
+
+
+class Mistake(Exception):
+    """A command line that a person has to correct, maybe the one in exec_path."""
+
+
+def task_of(options, words):
+    """What is asked for, REQUEST or one of COMMANDS; raises Mistake."""
+    task = ([name for name in options if name in COMMANDS] + [REQUEST])[0]
+    for name, value in options.items():
+        if name not in GOES_WITH:
+            near = get_close_matches(name, list(GOES_WITH) + ["--help", "--version"], 1)
+            raise Mistake(", but ".join(["there is no option %s" % name] + near))
+        if task not in GOES_WITH[name]:
+            raise Mistake("%s does not go with %s" % (name, task))
+        if name in VALUES and not value and name != "--manager":
+            raise Mistake("%s needs a value: %s" % (name, VALUES[name]))
+        if name not in VALUES and value:
+            raise Mistake("%s takes no value" % name)
+        if name in ("--timeout", "--workers") and not number_of(options, name, 0):
+            raise Mistake("%s needs a number, more than 0 and at most 3600" % name)
+        if name == "--mode" and not re.match("[0-7]{3,4}\\Z", value):
+            raise Mistake("--mode needs three or four digits from 0 to 7, such as 0660")
+    if words and task != REQUEST:
+        raise Mistake("no request goes with %s" % task)
+    return task
+
+
+def message_of(problem):
+    """What to tell a person of an exception that was foreseen."""
+    if isinstance(problem, OSError) and problem.strerror:
+        return "%s: %s" % (problem.filename or "standard output", problem.strerror)
+    if isinstance(problem, sqlite3.Error):
+        return reason_of(problem)
+    return getattr(problem, "message", None) or str(problem)
+
+
+def main(options, words, name):
+    """All but a request to a file: returns the exit status."""
+    try:
+        if {"-h", "--help"} & set(options):
+            os.write(1, HELP.encode("ascii"))
+            return 0
+        if {"-V", "--version"} & set(options):
+            with open(__file__, "rb") as script:
+                say(1, "%s.py %s sha256:%s" % (NAME, VERSION, sha256(script.read()).hexdigest()))
+            return 0
+        task = task_of(options, words)
+        if task == REQUEST:
+            request(options, words, name)
+        elif task == "--check":
+            return check(options, name)
+        elif task == "--enroll":
+            return enroll(options, name)
+        else:
+            (import_agents if task == "--import" else serve)(options, name)
+        return 0
+    except Mistake as mistake:
+        message = "%s (see --help)" % mistake
+        if not os.isatty(2):
+            tell_syslog(True, message)
+    except (Reply, Trouble, OSError, sqlite3.Error) as problem:
+        message = message_of(problem)
+    except Exception as error:
+        message = unforeseen(error).message
+    say(2, "%s: error: %s" % (NAME, message))
+    return 2 if message.endswith("(see --help)") else 1
+
+
+def request(options, words, name):
+    """A request to a database, a script or a running server."""
+    seconds = number_of(options, "--timeout", SECONDS)
+    if "--socket" not in options:
+        if is_url(name):  # libpq warns of what it dislikes, and the manager would lose the answer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        answer_once(words, name, seconds)
+        return
+    try:
+        line = ask_server(options["--socket"], words, seconds)
+    except Reply as reply:
+        line = reply.line()
+    os.write(1, line)
+
+
+if __name__ == "__main__":
+    os._exit(main(*given))
