@@ -5,6 +5,7 @@ PYTHON = python3
 VENV = .venv
 SCRIPT = agent_key_request.py
 BIN = $(DESTDIR)$(PREFIX)/bin
+SELECT = -m "not slow"
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 20
 
 .PHONY: run test lint bench install uninstall clean
@@ -14,13 +15,14 @@ run:
 	./$(SCRIPT) --db sample.db.sql ip 192.168.1.100
 
 # With the pytest of the system's Python, or one of our own; over one interpreter if none is named.
+# `make test SELECT=` has the slow ones, too.
 test:
 	@python=$(PYTHON); $$python -c 'import pytest' 2>/dev/null || { \
 	  python=$(VENV)/bin/python; $$python -c 'import pytest' 2>/dev/null || \
 	  { $(PYTHON) -m venv $(VENV) && $(PIP) pytest; } >/dev/null 2>&1 || { \
 	    echo "make test: pytest is missing: install it (Debian: apt-get install python3-pytest)" >&2; exit 1; }; }; \
 	: "$${AGENT_KEY_PYTHONS:=$$(PATH=/usr/bin:/bin command -v python3 || command -v $(PYTHON))}"; \
-	export AGENT_KEY_PYTHONS; exec $$python -m pytest -q -rs tests
+	export AGENT_KEY_PYTHONS; exec $$python -m pytest -q -rfEs $(SELECT) tests
 
 lint:
 	@$(VENV)/bin/python -m ruff --version >/dev/null 2>&1 && $(VENV)/bin/python -m mypy --version >/dev/null 2>&1 || \

@@ -106,18 +106,15 @@ class Reply(Exception):
         content = {"data": self.record} if self.record else {"message": self.message}
         return to_json(dict(error=self.number, **content)).encode("ascii") + b"\n"
 
-
 def is_printable(text):
     """Whether `text` is printable ASCII: of what is beyond it, a letter has several bytes."""
     return text.isprintable() and len(text.encode()) == len(text)
-
 
 def printable(text):
     """`text` with a `?` for all that is not printable ASCII."""
     if is_printable(text):
         return text
     return "".join([letter if " " <= letter <= "~" else "?" for letter in text])
-
 
 def to_json(value):
     """`value` (dict, list, str, int) as JSON on one line: the only place that writes any."""
@@ -153,13 +150,11 @@ def parse_network(text):
         return number & 0xFFFFFFFF, 32, prefix - 96
     return number, width, prefix
 
-
 def spell(number, width, prefix):
     """The one spelling of an address or network: inet_ntop's, without host bits."""
     number = number >> width - prefix << width - prefix
     text = inet_ntop(AF_INET if width == 32 else AF_INET6, number.to_bytes(width // 8, "big"))
     return text if prefix == width else "%s/%d" % (text, prefix)
-
 
 def canonical(ip):
     """A stored ip (str) in its one spelling: address, network or `any`, for which none stands, too.
@@ -181,7 +176,6 @@ def canonical(ip):
         raise ValueError("the manager refuses it")
     return text
 
-
 def text_of(value):
     """A stored value (text, bytes, number, null) as str, without the padding of CHAR columns."""
     if isinstance(value, str):
@@ -189,7 +183,6 @@ def text_of(value):
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value).decode("latin-1").strip(" ")  # what is beyond ASCII breaks every rule
     return "" if value is None else str(value)
-
 
 def id_of(value):
     """The agent id in a stored value, as the manager writes it: number columns and spreadsheets
@@ -200,11 +193,9 @@ def id_of(value):
         text = text if fraction.strip("0") else whole
     return text.zfill(3) if text and not text.strip(DIGITS) else text
 
-
 def is_text(value, letters, least, most):
     """Whether `value` is `least` to `most` of these letters."""
     return least <= len(value) <= most and not value.strip(letters)
-
 
 def judge(row):
     """A stored row as (record, faults): the one place that decides what may reach the manager,
@@ -222,7 +213,6 @@ def judge(row):
         "ip": ip,
         "key": 1 <= len(key) <= 128 and is_printable(key)}
     return record, [RULES[field] for field in sound if not sound[field]]
-
 
 def agent_of(record):
     """`agent 001`; an id that is none is not shown: it may be a key in the wrong column."""
@@ -261,7 +251,6 @@ def parse_request(words):
     networks = [spell(number, width, length) for length in range(prefix - 1, 0, -1)]
     address = spell(number, width, prefix)
     return option, [address, "%s/%d" % (address, prefix)] + networks
-
 
 def best(rows, field, texts):
     """Those of `rows` that are asked for: more than one if they are equally good. Databases take
@@ -307,19 +296,17 @@ def check_file(name):
         raise Reply(2, "%s: %s" % (name, problem))
     return path
 
-
 def is_url(name):
     """Whether a source is a database on a server: part two."""
     return name[0] not in "/." and ("://" in name or name.startswith(("mysql:", "postgresql:")))
-
 
 def is_script(name):
     """Whether a source is to be loaded into memory: part two."""
     return name.endswith(".sql") and not is_url(name)
 
-
-def open_source(name, seconds):
-    """The source that `--db` names, for queries of up to `seconds`; raises Reply.
+def open_source(name, seconds, whole=None):
+    """The source that `--db` names, for queries of up to `seconds`; raises Reply. whole: what the
+    lines of a text are passed through, for an import.
 
     A source has `find(field, texts)`: list of rows, and `rows()`: iterator of (number, row); a row
     has the FIELDS, as they are stored.
@@ -332,7 +319,7 @@ def open_source(name, seconds):
     with open(name, "rb", 0) as file:
         head = file.read(20)
     if not head.startswith(b"SQLite format 3\0"):
-        return open_text(open(name, "rb"), name)
+        return open_text(open(name, "rb"), name, whole)
     import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
     path = path if path.startswith("/") else "./" + path
     # A WAL database wants files beside it, though it only reads; not if nobody is at work on it.
@@ -343,7 +330,6 @@ def open_source(name, seconds):
     connection = _sqlite3.connect(uri + "&immutable=1" * frozen, uri=True, timeout=seconds,
                                   isolation_level=None)
     return SqliteSource(connection, name, seconds, frozen)
-
 
 class SqliteSource:
     """The table or view `agent` of an SQLite connection. deadline: when a query is given up, in
@@ -379,11 +365,9 @@ class SqliteSource:
         """Iterator of (row number, row)."""
         return enumerate(self.query(ROWS), 1)
 
-
 def query_for(field, mark, count):
     """The query of every database; mark: what its driver wants in the place of a parameter."""
     return "%s WHERE %s IN (%s)" % (ROWS, field, ", ".join([mark] * count))
-
 
 def reason_of(error):
     """What SQLite says of a failure, without names and values, which could be stored text."""
@@ -396,10 +380,9 @@ def reason_of(error):
         text = text.partition(mark)[0]
     return text.rstrip()
 
-
 class TextSource:
-    """Agents in a text file, which is read once. parsed: iterator of one row for each line, the first
-    of which has the number `first`; agent_in: gives a row as it is to be, or None for no agent."""
+    """Agents in a text file, which is read once. parsed: iterator of one row for each line, from the
+    line number `first` on; agent_in: gives a row as it is to be, or None for no agent."""
 
     unit = "line"
 
@@ -419,20 +402,17 @@ class TextSource:
             if agent:
                 yield number, agent
 
-
 def client_keys(lines):
     """The rows of a manager's client.keys."""
     for line in lines:
         row = line.split(" ", 3)
         yield row if len(row) == 4 else row + [MISSING] * (4 - len(row))
 
-
 def agent_in_keys(row):
     """A row of client.keys, None for a comment or a removed agent."""
     if not row[0].rstrip("\r\n") or row[0][0] == "#" or row[1][:1] in ("!", "#"):
         return None
     return row[:3] + [row[3].rstrip("\r\n")]
-
 
 def delimited(lines, name, header, delimiter, places):
     """The rows of CSV, or of what `mysql --batch` writes, after `header` lines; raises Reply."""
@@ -454,7 +434,6 @@ def delimited(lines, name, header, delimiter, places):
         raise Reply(2, "%s: line %d: a broken quote, a row that spans lines, or a NUL" % (
             name, header + number + 1)) from None
 
-
 def unescaped(field):
     """A tab-separated field without a spreadsheet's quotes or the escapes of `mysql --batch`."""
     if field[:1] == '"' == field[-1:] and len(field) > 1:
@@ -464,10 +443,8 @@ def unescaped(field):
         parts[place] = part.replace("\\t", "\t").replace("\\n", "\n").replace("\\0", "\0")
     return "\\".join(parts)
 
-
-def open_text(stream, name, whole=lambda lines, _: lines):
-    """The source in a text file, told by its first line that is neither blank nor a comment. whole:
-    what the lines are passed through, for an import."""
+def open_text(stream, name, whole):
+    """The source in a text file, told by its first line that is neither blank nor a comment."""
     from io import TextIOWrapper
     from itertools import chain
     head = [stream.readline(9999).decode("latin-1").replace("\xef\xbb\xbf", "", 1)]  # a BOM
@@ -478,6 +455,7 @@ def open_text(stream, name, whole=lambda lines, _: lines):
     columns = [column.strip(' "').lower() for column in first.split(delimiter)]
     is_csv = "id" in columns and len(columns) > 1
     lines = TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n")
+    whole = whole or (lambda lines, _: lines)
     if is_csv:
         key = "key" if "key" in columns else "agent_key"
         if not {"name", "ip", key} < set(columns):
@@ -506,7 +484,6 @@ def look_up(words, find_source):
         raise Reply(6, "%s: %s" % (agent_of(record), faults[0]))
     return Reply(0, agent_of(record), record)
 
-
 def answer(words, find_source):
     """The Reply to a request, by either method; never raises for what it asks or finds.
 
@@ -524,19 +501,18 @@ def answer(words, find_source):
     except Exception as error:
         return unforeseen(error)
 
-
 def without_module(error):
     """What to do about a Python that is not whole, such as that of Debian's python3-minimal."""
     return "%s has no module %s: install the whole of python3 (Debian: the package python3)" % (
         sys.executable, error.name)
-
 
 def unforeseen(error):
     """The Reply for an exception that nobody has foreseen; its own text could hold a key."""
     trace = error.__traceback__
     while trace.tb_next:
         trace = trace.tb_next
-    return Reply(9, "%s in line %d of the script" % (type(error).__name__, trace.tb_lineno))
+    what = getattr(error, "strerror", None) or type(error).__name__
+    return Reply(9, "%s in line %d of the script" % (what, trace.tb_lineno))
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -544,7 +520,6 @@ def unforeseen(error):
 VALUES = {  # what the options with a value take; part two knows which option goes with what
     "--db": "SOURCE", "--timeout": "SECONDS", "--socket": "PATH", "--mode": "MODE",
     "--group": "NAME", "--workers": "NUMBER", "--import": "SOURCE", "--manager": "HOME"}
-
 
 def split_command_line(arguments):
     """The command line as (options, words): a dict of str, and the list of str that follows."""
@@ -556,7 +531,6 @@ def split_command_line(arguments):
         options[name] = value
     return options, words
 
-
 def number_of(options, name, default):
     """A numeric option: a float, more than 0 and at most 3600, or 0 for what is none."""
     try:
@@ -565,11 +539,9 @@ def number_of(options, name, default):
         number = 0.0
     return number if 0 < number <= 3600 else 0.0
 
-
 def say(stream, text):
     """A line for people, on 1 or 2."""
     posix.write(stream, printable(text).encode("ascii") + b"\n")
-
 
 def tell_syslog(is_error, text):
     """A line to syslog, where an administrator looks for what the manager does not tell him."""
@@ -579,7 +551,6 @@ def tell_syslog(is_error, text):
     syslog.openlog(NAME, syslog.LOG_PID, syslog.LOG_AUTHPRIV)
     syslog.syslog(syslog.LOG_ERR if is_error else syslog.LOG_INFO, printable(text))
     setitimer(ITIMER_REAL, 0)
-
 
 def answer_once(words, name, seconds):
     """The executable method: answers on standard output, then tells syslog."""
@@ -600,7 +571,6 @@ def answer_once(words, name, seconds):
         pass  # nobody takes the answer
     if reply.number in FOR_THE_OPERATOR:
         tell_syslog(reply.number, "%s: %s" % (" ".join(words), reply.message))
-
 
 def begin(arguments):
     """Answer, and leave, if it is a request to a file in plain words; else returns what part two
@@ -624,7 +594,6 @@ def begin(arguments):
         posix.write(*(1, reply.line()) if words else (2, reply.message.encode("ascii") + b"\n"))
         posix._exit(0 if words else 1)
     return options, words, name
-
 
 if __name__ == "__main__":
     given = begin(sys.argv[1:])
@@ -652,10 +621,9 @@ from _signal import SIG_BLOCK, SIG_IGN
 from difflib import get_close_matches
 from hashlib import sha256
 from importlib import import_module
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 NOBODY = "00000000"         # an id that no agent has
-
 
 class Trouble(Exception):
     """What keeps a person's command from its work: told on stderr, with exit status 1."""
@@ -663,7 +631,8 @@ class Trouble(Exception):
 
 # ---------------------------------------------------------------------------- databases and scripts
 
-DRIVERS = {"mysql": ("pymysql", "MySQLdb", "mysql.connector"), "postgresql": ("psycopg", "psycopg2")}
+DRIVERS = {"mysql": ("pymysql", "MySQLdb", "mysql.connector"),
+           "postgresql": ("psycopg", "psycopg2")}
 READ_ONLY = {"mysql": "SET SESSION TRANSACTION READ ONLY",
              "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"}
 INDEXED = {  # the first column of each index
@@ -671,11 +640,8 @@ INDEXED = {  # the first column of each index
              "AND table_schema = database() AND seq_in_index = 1",
     "postgresql": "SELECT attname FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND "
                   "attnum = indkey[0] WHERE indrelid = 'agent'::regclass"}
-
-
 URL = re.compile(r"(mysql|postgresql)://(?:([^:@/?#]*)@)?(\[[^]@/?#]*\]|[^:@/?#]*)"
                  r"(?::([0-9]{1,5}))?(?:/([^@/?#]*))?(?:\?([^@#]*))?\Z")  # no place for a password
-
 
 def parse_url(url):
     """A database's URL as (scheme, what people may see of it, dict for connect()); raises Reply."""
@@ -685,19 +651,16 @@ def parse_url(url):
                "database" if scheme == "mysql" else "dbname": unquote(name)}
     options.update(parse_qsl(query.replace("+", "%2B")))
     if not match or any("passw" in name or "local_infile" in name for name in options):
-        raise Reply(2, "its URL must be mysql://user@host/database or postgresql://user@host/database"
-                    ", special characters percent-encoded, without a password, which `ps` would show:"
-                    " that goes into a file, ?read_default_file=FILE (MySQL) or ?passfile=FILE")
+        raise Reply(2, "a URL is mysql://user@host/database or postgresql://user@host/database, "
+                    "special characters percent-encoded, without a password, which `ps` would show:"
+                    " it goes into a file, ?read_default_file=FILE (MySQL) or ?passfile=FILE")
     shown = "%s://%s%s/%s" % (scheme, user and user + "@", host, name)
     return scheme, shown, {name: value for name, value in options.items() if value}
 
-
 class Database:
-    """The table or view `agent` of a MySQL, MariaDB or PostgreSQL server that a URL names.
-
-    It connects when it is first asked, and anew when the connection has broken. An alarm ends what
-    takes longer than `seconds`; drivers that it does not get through to have time-outs themselves.
-    """
+    """The table or view `agent` of a MySQL, MariaDB or PostgreSQL server. It connects when it is
+    first asked, and anew when the connection has broken. An alarm ends what takes longer than
+    `seconds`; drivers that it does not get through to have time-outs of their own."""
 
     unit = "row"
 
@@ -724,8 +687,8 @@ class Database:
             if name == "psycopg2":  # an alarm would not get through to its C
                 driver.extensions.set_wait_callback(import_module("psycopg2.extras").wait_select)
             return driver
-        raise Reply(2, "%s: no driver is installed: %s would do, from the system's packages; or copy "
-                    "the keys with --import" % (self.name, " or ".join(DRIVERS[self.scheme])))
+        raise Reply(2, "%s: install one of %s from the system's packages, or copy the keys with "
+                    "--import" % (self.name, ", ".join(DRIVERS[self.scheme])))
 
     def give_up(self, *_):
         """The handler of the alarm."""
@@ -749,16 +712,14 @@ class Database:
         try:
             try:
                 return self.execute(sql, values)
-            except Exception as error:
+            except self.driver.Error:
                 self.connection = None
-                if not kept or isinstance(error, Reply):
+                if not kept:
                     raise
             return self.execute(sql, values)  # the connection that was kept had broken
-        except Reply:
-            raise
         except Exception as error:
             self.connection = None
-            if time.monotonic() > end - 0.1:
+            if isinstance(error, Reply) or time.monotonic() > end - 0.1:
                 self.give_up()
             text = re.sub(r"(['\"`]).*?\1", "...", "".join(str(error).splitlines()[:1]))
             raise Reply(2, "%s: %s" % (self.name, text)) from None
@@ -773,11 +734,6 @@ class Database:
         """Iterator of (row number, row)."""
         return enumerate(self.query(ROWS), 1)
 
-    def indexed(self):
-        """The fields that have an index."""
-        return {text_of(row[0]) for row in self.query(INDEXED[self.scheme])}
-
-
 def open_script(name, seconds):
     """The source in an SQL script, loaded into memory statement by statement; raises Reply."""
     with open(name, encoding="latin-1", newline="") as file:
@@ -785,18 +741,21 @@ def open_script(name, seconds):
     source = SqliteSource(sqlite3.connect(":memory:", isolation_level=None), name, seconds)
     source.connection.set_authorizer(lambda action, *_: action == sqlite3.SQLITE_ATTACH)  # refuse
     line, statement, problem = 1, "", ""
-    for piece in script.split(";"):
+    pieces = script.split(";")
+    for piece in pieces[:-1]:
         statement += piece + ";"
         try:
             if sqlite3.complete_statement(statement):
                 source.connection.execute(statement)
                 line, statement = line + statement.count("\n"), ""
         except (ValueError, sqlite3.Error, sqlite3.Warning) as error:
-            problem = "SQLite cannot run this" if str(error) != "interrupted" else reason_of(error)
+            problem = reason_of(error) if str(error) == "interrupted" else "SQLite cannot run this"
             break
-    if statement:  # its text stays here: it could hold keys
-        line += statement[:len(statement) - len(statement.lstrip())].count("\n")
-        raise Reply(2, "%s: line %d: %s" % (name, line, problem or "a statement without an end"))
+    rest = (statement or pieces[-1]).lstrip()
+    if source.connection.in_transaction or not all(
+            text.startswith("--") for text in rest.splitlines() if text.strip()):
+        line += (statement or pieces[-1]).partition(rest)[0].count("\n")
+        raise Reply(2, "%s: line %d: %s" % (name, line, problem or "it ends within a statement"))
     return source
 
 
@@ -812,10 +771,9 @@ REPEAT, LINES = 60, 4096    # seconds in which the same line is logged once, and
 RETIRE, LOOK = signals.SIGUSR1, signals.SIGUSR2  # what the parent tells its workers
 SIGNALS = (SIGTERM, SIGINT, SIGHUP, signals.SIGCHLD, RETIRE, LOOK)
 
-
 class Log:
-    """Lines on stderr, of all processes of a server: what was written stands in one table of theirs,
-    of one size, so that a flood fills neither the log nor the memory."""
+    """Lines on stderr, of all processes of a server: what was written stands in a table that they
+    share, of one size, so that a flood fills neither the log nor the memory."""
 
     def __init__(self, verbose):
         self.verbose, self.table, status = verbose, mmap.mmap(-1, 8 * LINES), os.fstat(2)
@@ -836,7 +794,6 @@ class Log:
             except OSError:
                 pass
 
-
 class Memory:
     """The agents of a text source or script, by id and by ip."""
 
@@ -849,7 +806,6 @@ class Memory:
     def find(self, field, texts):
         """The rows in which the field is one of the texts."""
         return [row for text in texts for row in self.tables[field].get(text, ())]
-
 
 class Conversation(socketserver.BaseRequestHandler):
     """One connection: a request, an answer, the end."""
@@ -868,7 +824,7 @@ class Conversation(socketserver.BaseRequestHandler):
         except OSError:
             pass  # it has gone
         if reply.number == 2:
-            self.server.close_source()
+            self.server.source = None  # opened anew for the next one
         if reply.number in FOR_THE_OPERATOR or log.verbose:
             whose = "" if reply.number == 2 and not log.verbose else ":".join(words) + ": "
             log.write(reply.number not in (0, 4), whose + reply.message)
@@ -893,18 +849,22 @@ class Conversation(socketserver.BaseRequestHandler):
         self.server.patience = PATIENCE
         return received
 
-
 class Server(socketserver.UnixStreamServer):
     """The listening socket, the parent that starts, replaces and ends workers, and what they do."""
 
     request_queue_size = 65535  # the kernel cuts it to net.core.somaxconn; connect never times out
-    name, seconds, count, log, path, lock = "", 0.0, 0, Log, None, -1  # path: None if it was passed
-    memory = source = held = stamp = None  # of the source, which each worker opens for itself
+    path = memory = source = stamp = None  # path: of a socket of our own
     patience, ending = PATIENCE, False
 
+    def __init__(self, path, name, options):
+        super().__init__(path, Conversation, bind_and_activate=False)
+        self.name, self.log, self.workers = name, Log("-v" in options), {}
+        self.seconds = number_of(options, "--timeout", SERVER_SECONDS)
+        self.count = int(number_of(options, "--workers", WORKERS)) or 1
+
     def listen(self, mode, group):
-        """Listen on a socket born with its mode and group: no chmod, no race. Its path is locked until
-        the last of our processes ends. Raises Trouble or OSError."""
+        """Listen on a socket born with its mode and group: no chmod, no race. Its path is locked
+        until the last of our processes ends. Raises Trouble or OSError."""
         path, folder = self.server_address, os.path.dirname(self.server_address) or "."
         if path == SOCKET and not os.path.isdir(folder):
             os.mkdir(folder, 0o755)
@@ -913,77 +873,48 @@ class Server(socketserver.UnixStreamServer):
         lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            number = grp.getgrnam(group).gr_gid if group else os.getegid()
         except BlockingIOError:
             raise Trouble("%s: a server is already running there, process %s" % (
                 path, os.read(lock, 20).decode("latin-1"))) from None
+        except KeyError:
+            raise Trouble("--group %s: there is no such group" % group) from None
         os.ftruncate(lock, 0)
         os.write(lock, b"%d" % os.getpid())
         if os.path.lexists(path):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.setblocking(False)
-                if not stat.S_ISSOCK(os.lstat(path).st_mode) or (
-                        probe.connect_ex(path) != errno.ECONNREFUSED):
-                    raise Trouble("%s: another program listens there, or it is no socket" % path)
+            self.socket.setblocking(False)
+            if not stat.S_ISSOCK(os.lstat(path).st_mode) or (
+                    self.socket.connect_ex(path) != errno.ECONNREFUSED):
+                raise Trouble("%s: another program listens there, or it is no socket" % path)
             os.unlink(path)
-        try:
-            own, number = os.getegid(), grp.getgrnam(group).gr_gid if group else os.getegid()
-        except KeyError:
-            raise Trouble("--group %s: there is no such group" % group) from None
-        mask = os.umask(0o777 & ~int(mode, 8))
-        try:
-            os.setegid(number)
-            self.server_bind()
-            self.server_activate()
-        finally:
-            os.setegid(own)
-            os.umask(mask)
+        own, mask = os.getegid(), os.umask(0o777 & ~int(mode, 8))
+        os.setegid(number)
+        self.server_bind()
+        self.server_activate()
+        os.setegid(own)
+        os.umask(mask)
         self.path, self.inode = path, os.stat(path).st_ino
-
-    def work(self, parent):
-        """Answer one after the other, until the socket is closed or shut down, or the parent ends."""
-        while True:
-            try:
-                connection, address = self.get_request()
-            except BlockingIOError:  # nobody came for a second (SO_RCVTIMEO)
-                if os.getppid() != parent:
-                    return
-                continue
-            except OSError:
-                return
-            self.process_request(connection, address)
-
-    def shutdown_request(self, request):
-        """As socketserver's, with one system call less."""
-        request.close()
 
     def find_source(self):
         """The source as it is now; raises Reply or OSError."""
         if self.memory:
             return self.memory
-        if self.held is not None and (
-                self.source.frozen or stamp_of(os.stat(self.name)) != self.stamp):
-            self.close_source()
+        if not is_url(self.name):
+            status = os.stat(self.name)  # nobody can set st_ctime, so that no other file has these
+            stamp = status.st_dev, status.st_ino, status.st_ctime_ns
+            if stamp != self.stamp or self.source and self.source.frozen:
+                self.source, self.stamp = None, stamp
         if self.source is None:
-            if not is_url(self.name):  # held open, so that its inode cannot come back
-                self.held = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK)
-                self.stamp = stamp_of(os.fstat(self.held))
             self.source = open_source(self.name, self.seconds)
             if isinstance(self.source, TextSource) or is_script(self.name):
-                self.memory = Memory(self.source)
+                self.memory, self.source = Memory(self.source), None
                 return self.memory
         self.source.deadline = time.monotonic() + self.seconds
         return self.source
 
-    def close_source(self):
-        """Let go of a store that was replaced, or that gave an error."""
-        self.source = None
-        if self.held is not None:
-            os.close(self.held)
-            self.held = None
-
     def read_source(self):
-        """For the parent: see that the source can be read, and read it if it is for the memory; if
-        not, raises Reply or OSError, and what there was stays."""
+        """For the parent: see that the source can be read, and read what is to be in memory; if
+        that fails, raises Reply or OSError, and what there was stays."""
         kept, self.memory = self.memory, None
         try:
             self.find_source().find(*parse_request(["id", NOBODY]))
@@ -991,15 +922,23 @@ class Server(socketserver.UnixStreamServer):
             self.memory = kept
             raise
         finally:
-            self.close_source()
+            self.source = None  # each worker opens its own
 
-    def start_workers(self):
-        """Start as many as there are to be, and retire those there are."""
-        old, self.workers = self.workers, dict.fromkeys(self.workers, False)
-        for _ in range(self.count):
-            self.start_worker()
-        for process in old:
-            os.kill(process, RETIRE)
+    def work(self, parent):
+        """Answer one by one, until the socket is closed or shut down or the parent ends."""
+        while True:
+            try:
+                connection, address = self.get_request()
+            except BlockingIOError:  # nobody came for a second (SO_RCVTIMEO)
+                if os.getppid() != parent:
+                    return
+                continue
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.EINVAL):
+                    return
+                raise
+            self.finish_request(connection, address)
+            connection.close()
 
     def start_worker(self):
         """Fork a worker. workers: whether each, by its process id, is to be replaced if it ends."""
@@ -1021,26 +960,31 @@ class Server(socketserver.UnixStreamServer):
         finally:
             os._exit(1)
 
+    def start_workers(self):
+        """Start as many as there are to be, and retire those there are."""
+        old, self.workers = self.workers, dict.fromkeys(self.workers, False)
+        for _ in range(self.count):
+            self.start_worker()
+        for process in old:
+            os.kill(process, RETIRE)
+
     def collect(self):
         """See which workers have ended, and replace those that should not have."""
         for _ in list(self.workers):
             process, status = os.waitpid(-1, os.WNOHANG)
-            if not process:
-                return
             if self.workers.pop(process, False) and not self.ending:
                 how = "signal %d" % (status & 127) if status & 127 else "status %d" % (status >> 8)
-                self.log.write(True, "worker %d ended with %s, another replaces it" % (process, how))
+                self.log.write(True, "worker %d ended, %s; another replaces it" % (process, how))
                 time.sleep(0.05)  # or workers that end at once would take all the processors
                 self.start_worker()
 
     def run(self):
         """Serve until SIGTERM or SIGINT, or, on a terminal, until it hangs up."""
-        self.workers, number = {}, None
+        ends, number = (SIGTERM, SIGINT, SIGHUP if os.isatty(2) else SIGTERM), None
         self.start_workers()
         self.log.write(False, "ready: %d workers on %s, source %s" % (
             self.count, self.server_address, self.name))
         notify(b"READY=1")
-        ends = (SIGTERM, SIGINT, SIGHUP) if os.isatty(2) else (SIGTERM, SIGINT)
         while number not in ends:
             number = signals.sigwait(SIGNALS)
             self.collect()
@@ -1070,12 +1014,6 @@ class Server(socketserver.UnixStreamServer):
         for process in self.workers:
             os.kill(process, signals.SIGKILL)
 
-
-def stamp_of(status):
-    """What differs when a file was replaced or written."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def notify(state):
     """Tell systemd, if it is there ($NOTIFY_SOCKET: a path, or @ and an abstract name)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
@@ -1084,20 +1022,17 @@ def notify(state):
         except (KeyError, OSError):
             pass
 
-
 def serve(options, name):
     """Run the server to its end; raises Reply, Trouble or OSError if it cannot start."""
     pthread_sigmask(SIG_BLOCK, SIGNALS)  # the parent waits for them
-    server = Server(options.get("--socket", SOCKET), Conversation, bind_and_activate=False)
-    server.name, server.seconds = name, number_of(options, "--timeout", SERVER_SECONDS)
-    server.count, server.log = int(number_of(options, "--workers", WORKERS)) or 1, Log("-v" in options)
+    server = Server(options.get("--socket", SOCKET), name, options)
     passed = (os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS")) == (str(os.getpid()), "1")
     try:
         server.read_source()
     except (Reply, OSError) as problem:
         if not passed:
             raise
-        server.log.write(True, message_of(problem))  # who waits in the queue is told until it is there
+        server.log.write(True, message_of(problem))  # and who waits in the queue is told, too
     if passed:
         server.socket.close()
         server.socket = socket.socket(socket.AF_UNIX, fileno=3)
@@ -1108,7 +1043,6 @@ def serve(options, name):
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
     server.run()
 
-
 def ask_server(path, words, seconds):
     """Ask a running server as the manager would: its answer, in bytes; raises Reply."""
     parse_request(words)
@@ -1118,10 +1052,10 @@ def ask_server(path, words, seconds):
             connection.connect(path)
             connection.sendall(":".join(words).encode("ascii"))
             line = connection.recv(65536)
+        if not line:
+            raise OSError("closed without an answer")
     except OSError as error:
         raise Reply(2, "no server answers at %s: %s" % (path, error.strerror or error)) from None
-    if not line:
-        raise Reply(2, "the server at %s closed without an answer" % path)
     return line
 
 
@@ -1136,30 +1070,29 @@ TWICE = """SELECT agent.rowid, id, first FROM (SELECT {0} AS value, min(rowid) A
     WHERE agent.rowid > first"""
 FINDINGS = 100              # that are told one by one
 
-
 class Report:
     """What is found in a source, line by line or as JSON, and on a terminal how far it has come."""
 
     def __init__(self, stream, as_json=False):
         self.stream, self.as_json, self.findings, self.due = stream, as_json, [], 0.0
-        self.agents, self.errors, self.notes, self.terminal = 0, 0, 0, os.isatty(2)
+        self.agents, self.count, self.terminal = 0, {"error": 0, "note": 0, "info": 0}, os.isatty(2)
 
     def tell(self, level, text):
         """A finding. level: `error` for what makes a request fail, `note`, or `info` for none."""
-        self.errors += level == "error"
-        self.notes += level == "note"
-        if level == "info" or self.errors + self.notes <= FINDINGS:
+        self.count[level] += 1
+        if level == "info" or self.count["error"] + self.count["note"] <= FINDINGS:
             self.findings.append({"level": level, "text": text})
             if not self.as_json:
                 say(self.stream, text if level == "info" else "%s: %s" % (level, text))
 
     def end(self):
         """The last lines, or all as JSON."""
-        if self.errors + self.notes > FINDINGS:
-            self.tell("info", "... and %d more" % (self.errors + self.notes - FINDINGS))
+        more = self.count["error"] + self.count["note"] - FINDINGS
+        if more > 0:
+            self.tell("info", "... and %d more" % more)
         if self.as_json:
-            say(self.stream, to_json({"agents": self.agents, "errors": self.errors,
-                                      "notes": self.notes, "findings": self.findings}))
+            say(self.stream, to_json({"agents": self.agents, "errors": self.count["error"],
+                                      "notes": self.count["note"], "findings": self.findings}))
 
     def progress(self):
         """Show how far it has come, at most five times a second; 0 for SQLite: go on."""
@@ -1168,33 +1101,31 @@ class Report:
             self.due = time.monotonic() + 0.2
         return 0
 
-    def records(self, source, notes=None):
-        """Iterator of (line or row number, record) of the sound agents of a source; of the others it
-        tells what is wrong. notes: function that gives what else to tell of a sound one."""
+    def records(self, source, notes_on=None):
+        """Iterator of (line or row number, record) of the sound agents of a source; of the others
+        it tells what is wrong. notes_on: function that gives what else to tell of a sound one."""
         source.deadline = time.monotonic() + 86400  # for all of them
         for number, row in source.rows():
             self.agents += 1
             if self.terminal:
                 self.progress()
             record, faults = judge(row)
-            if faults or notes:
+            if faults or notes_on:
                 where = "%s %d: %s: " % (source.unit, number, agent_of(record))
-                for fault in faults:
-                    self.tell("error", where + fault)
-                for level, text in notes(row, record) if not faults else ():
+                for level, text in [("error", fault) for fault in faults] or notes_on(row, record):
                     self.tell(level, where + text)
             if not faults:
                 yield number, record
 
-    def copy(self, source, store, notes=None):
+    def copy(self, source, store, notes_on=None):
         """Copy the sound agents of a source into a new SQLite database, and tell of those who have
         the id, the name or the address of an earlier one."""
         store.set_progress_handler(self.progress, 100000)
         store.execute("BEGIN")
         store.execute(TABLE)
-        store.executemany("INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)",
-                          ((number,) + tuple(record.values())
-                           for number, record in self.records(source, notes)))
+        store.executemany(
+            "INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)",
+            ((number, *record.values()) for number, record in self.records(source, notes_on)))
         for field in ("id", "name", "ip"):
             store.execute(INDEX % (field, field))
             for number, agent, first in store.execute(TWICE.format(field)):
@@ -1202,156 +1133,139 @@ class Report:
                     source.unit, number, agent, field, source.unit, first))
         store.execute("COMMIT")
 
-
 def counted(number, what):
     """`1 agent`, `2 agents`."""
     return "%d %s%s" % (number, what, "s" * (number != 1))
-
 
 def whole(lines, before):
     """The lines of a file that is imported: who writes it may have died, or be within the last.
     before: the list of the lines that were read already."""
     number, line = len(before), "".join(before[-1:])
-    for line in lines:
+    for line in filter(None, lines):
         number += 1
         yield line
     if line[-1:] not in ("\r", "\n"):
         raise Trouble("line %d has no end; if it is whole, end it with a newline" % number)
 
-
-def open_import(origin, seconds):
-    """The source that an import reads; raises Reply, Trouble or OSError."""
-    if origin != "-":
-        source = open_source(origin, seconds)
-        if not isinstance(source, TextSource):
-            return source
-    stream = open(origin, "rb") if origin != "-" else open(0, "rb", closefd=False)
-    return open_text(stream, origin if origin != "-" else "standard input", whole)
-
-
 def refuse_to_replace(path):
-    """Raise Trouble unless nothing stands there, or a store that an import made: the name, links
-    followed, of a file that nobody else writes."""
+    """Raise Trouble unless nothing stands at the path, or a store as an import made it."""
     what = ""
-    if os.path.exists(path) and not os.path.isfile(path):
-        what = "no regular file"
-    elif os.path.exists(path) and os.path.getsize(path):
-        try:
-            store = open_source(path, SECONDS)
-            made = list(store.query("PRAGMA application_id")) == [(APPLICATION_ID,)]
-            others = list(store.query("SELECT 1 FROM sqlite_master WHERE tbl_name <> 'agent'"))
-            what = "" if made and not others else "a database that no --import made as it is"
-            list(store.query("SELECT count(*) FROM agent"))
-        except (Reply, AttributeError):
-            what = what or "no SQLite database, or a damaged one"
     for suffix in ("-journal", "-wal"):
         if os.path.lexists(path + suffix):
             what = "a database that somebody is writing (%s%s)" % (path, suffix)
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "no regular file"
+    elif not what and os.path.exists(path) and os.path.getsize(path):
+        with open(path, "rb") as file:
+            made = file.read(72)[68:] == struct.pack(">I", APPLICATION_ID)
+        try:
+            store = sqlite3.connect("file:%s?immutable=1" % quote(path), uri=True)
+            tables = store.execute("SELECT tbl_name FROM sqlite_master").fetchall()
+            store.execute("SELECT count(*) FROM agent").fetchone()
+            what = "" if made and set(tables) == {("agent",)} else "a database of somebody's own"
+        except sqlite3.Error:
+            what = "no SQLite database, or a damaged one"
     if what:
-        raise Trouble("%s is %s: move it away, or name another --db" % (path, what))
-
+        raise Trouble("%s is %s, which --import does not replace: name another --db" % (path, what))
 
 def claim(path):
     """A new file to build a store in, locked until this process ends; raises Trouble or OSError.
-    What an import that was killed has left there is used again."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Trouble("another import builds %s: try again when it has ended" % path) from None
-    status = os.fstat(lock)
-    ours = status.st_uid == os.geteuid() and status.st_nlink == 1 and status.st_mode == 0o100600
-    if not ours or not os.path.exists(path) or os.stat(path).st_ino != status.st_ino:
-        raise Trouble("%s is in the way: remove it and try again" % path)
-    os.ftruncate(lock, 0)
-    return lock
-
-
-def interrupt(*_):
-    """The handler of signals that end an import."""
-    raise Trouble("interrupted")
-
+    What an import that was killed has left there is cleared away."""
+    for _ in range(3):
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            break
+        status = os.fstat(lock)
+        if (status.st_uid, status.st_nlink, status.st_size, status.st_mode) == (
+                os.geteuid(), 1, 0, 0o100600) and os.stat(path).st_ino == status.st_ino:
+            return lock
+        os.unlink(path)
+        os.close(lock)
+    raise Trouble("another import builds %s: try again when it has ended" % path)
 
 def import_agents(options, name):
-    """Make `--db` hold what `--import` names, or leave it as it is; raises Reply, Trouble, OSError."""
+    """Make `--db` hold what `--import` names, or leave it as it is and raise Reply or Trouble."""
     path, origin, report = os.path.realpath(name), options["--import"], Report(2)
     beside, folder = path + ".import", os.path.dirname(path)
-    if (is_url(name) or is_script(name)):
+    for number in (SIGINT, SIGTERM):
+        signal(number, signals.default_int_handler)
+    if is_url(name) or is_script(name):
         raise Trouble("--import makes an SQLite file, and --db %s is none" % name)
     if name == STORE and not os.path.isdir(folder):
         os.mkdir(folder, 0o700)
     refuse_to_replace(path)
-    source = open_import(origin, number_of(options, "--timeout", SECONDS))
-    signal(SIGINT, interrupt)
-    signal(SIGTERM, interrupt)
     lock = claim(beside)
     try:
+        source = open_text(open(0, "rb", closefd=False), "standard input", whole) if (
+            origin == "-") else open_source(origin, number_of(options, "--timeout", SECONDS), whole)
         store = sqlite3.connect(beside, isolation_level=None)
-        store.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; "
-                            "PRAGMA application_id = %d" % APPLICATION_ID)
+        store.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA "
+                            "cache_size = -30000; PRAGMA application_id = %d" % APPLICATION_ID)
         report.copy(source, store)
         store.close()
         report.end()
-        if report.errors or origin == "-" and not report.agents:  # who writes it may have died
-            raise Trouble(counted(report.errors, "fault") if report.errors else "no agent there")
-        if os.path.exists(path):
-            status = os.stat(path)
-            os.fchown(lock, status.st_uid, status.st_gid)
-            os.fchmod(lock, status.st_mode & 0o777)
+        if report.count["error"]:
+            raise Trouble(counted(report.count["error"], "fault"))
+        if origin == "-" and not report.agents:  # who writes it may have died
+            raise Trouble("no agent there")
         os.fsync(lock)
+        if os.path.exists(path):
+            os.chown(beside, os.stat(path).st_uid, os.stat(path).st_gid)
+            os.chmod(beside, os.stat(path).st_mode & 0o777)
         refuse_to_replace(path)  # time has passed
+        for number in (SIGINT, SIGTERM):
+            signal(number, SIG_IGN)
         os.rename(beside, path)
-    except (Reply, Trouble, OSError, sqlite3.Error) as problem:
+    except (Reply, Trouble, OSError, sqlite3.Error, KeyboardInterrupt) as problem:
         os.unlink(beside)
+        reason = "interrupted" if str(problem) in ("", "interrupted") else message_of(problem)
         raise Trouble("%s: %s, nothing imported, %s is as it was" % (
-            origin, message_of(problem), path)) from None
+            "standard input" if origin == "-" else origin, reason, path)) from None
     os.fsync(os.open(folder, os.O_RDONLY))
     if report.terminal or "-v" in options:
         say(2, "%s imported into %s" % (counted(report.agents, "agent"), path))
 
-
 def notes_on(row, record):
     """What a person should know of an agent that breaks no rule: list of (level, text)."""
-    found, mend = [], "no request finds its %s as it is stored: %s is right, --import would mend it"
+    found = []
     for field, stored in (("id", row[0]), ("ip", row[2])):
-        right = record[field]
-        spelled = str(stored).zfill(3) if field == "id" else stored
-        if isinstance(stored, bytes) or isinstance(stored, str) and stored and spelled != right:
-            found.append(("error", mend % (field, right)))
-    for field in ("name", "key"):
-        if len(record[field]) == 128:
-            found.append(("note", field + " has 128 characters; the manager reads 127 back"))
-    if record["name"] == posix.uname().nodename:
+        spelled = stored.zfill(3) if field == "id" and isinstance(stored, str) else stored
+        if isinstance(stored, bytes) or spelled and isinstance(stored, str) and (
+                spelled != record[field]):
+            found.append(("error", "no request finds its %s as it is stored: %s is right, and "
+                          "--import would mend it" % (field, record[field])))
+    found += [("note", field + " has 128 characters; the manager reads 127 back")
+              for field in ("name", "key") if len(record[field]) == 128]
+    if record["name"] == os.uname().nodename:
         found.append(("error", "name is this host's own: its manager refuses that"))
     return found
-
 
 def missing_indexes(source):
     """The fields that requests look in and that have no index; none for a view."""
     if isinstance(source, Database):
-        indexed = source.query(INDEXED[source.scheme])
+        indexed = [text_of(row[0]) for row in source.query(INDEXED[source.scheme])]
     elif list(source.query("SELECT 1 FROM sqlite_master WHERE name = 'agent' AND type = 'view'")):
         return []
     else:
-        indexed = [(field,) for field in ("id", "ip") if "SCAN" not in str(list(
+        indexed = [field for field in ("id", "ip") if "SCAN" not in str(list(
             source.query("EXPLAIN QUERY PLAN " + query_for(field, "''", 1))))]
-    return [field for field in ("id", "ip") if field not in [text_of(row[0]) for row in indexed]]
-
+    return [field for field in ("id", "ip") if field not in indexed]
 
 def check_source(name, seconds, report):
     """Tell what a person wants to know before trusting a source."""
-    try:
-        source = open_source(name, seconds)
-        live = not isinstance(source, TextSource) and not is_script(name)
-        report.copy(source, sqlite3.connect("", isolation_level=None), notes_on)
-        for request in (["id", NOBODY], ["ip", "0.0.0.1"]) if live else ():
+    source = open_source(name, seconds)
+    of_server, store = isinstance(source, Database), sqlite3.connect("", isolation_level=None)
+    report.copy(source, store, lambda row, record: notes_on(  # servers take padding for nothing
+        [text_of(field) for field in row] if of_server else row, record))
+    if not isinstance(source, TextSource) and not is_script(name):
+        for request in (["id", NOBODY], ["ip", "0.0.0.1"]):
             source.find(*parse_request(request))  # a column's type may not go with it
-        for field in missing_indexes(source) if live else ():
-            report.tell("note", "requests are slow without an index: %s;" % (INDEX % (field, field)))
-        if os.path.isfile(name) and os.stat(name).st_mode & 0o004:
-            report.tell("note", "others may read %s, and keys are secrets: chmod o-r it" % name)
-    except (Reply, OSError, sqlite3.Error) as problem:
-        report.tell("error", message_of(problem))
+        for field in missing_indexes(source):
+            report.tell("note", "requests are slow without %s;" % (INDEX % (field, field)))
+    if not of_server and os.stat(name).st_mode & 0o004:
+        report.tell("note", "others may read %s, and keys are secrets: chmod o-r it" % name)
 
 
 # ------------------------------------------------------------------------------------ the manager
@@ -1360,7 +1274,7 @@ HOMES = ("/var/ossec", "/var/wazuh-manager")
 REFUSALS = {9006: "the manager does not take its address", 9007: "another agent has its address",
             9008: "another agent, or the manager, has its name", 9012: "another agent has its id",
             9013: "the manager has no room for more"}
-
+WODLE = 'wodle name="agent-key-polling"'
 
 def read_configuration(text):
     """The settings in an ossec.conf, which has several roots, as {path: value}. path: the names of
@@ -1373,10 +1287,9 @@ def read_configuration(text):
             settings[tuple(path[1:])] = text[start:tag.start()].strip()
             path.pop()
         elif not end and not empty:
-            path.append(" ".join([name] + attributes.split()))
+            path.append(" ".join([name] + attributes.split()).replace("'", '"'))
         start = tag.end()
     return settings
-
 
 def verdict_of(output, status):
     """What the manager makes of an answer for NOBODY: (whether that is well, what to say of it)."""
@@ -1388,76 +1301,86 @@ def verdict_of(output, status):
     except (ValueError, TypeError, KeyError):
         return False, ("gave text before the JSON: the manager loses the answer" if b"{" in output
                        else "gave text that is no JSON" if output else "gave no answer")
-    if number == 4:
+    if number == 4 and type(number) is int:
         return True, "gave a sound answer (there is no agent %s)" % NOBODY
     return False, "gave error %s, %s" % (number, message)
 
+def check_server(path, seconds):
+    """Ask a server as the manager does: (whether that is well, what to say of it)."""
+    try:
+        return verdict_of(ask_server(path, ["id", NOBODY], seconds), 0)
+    except Reply as reply:
+        return False, reply.message[len(MESSAGES[2]):]
+
+def attempt(report, what, method, *arguments):
+    """Tell what comes of one way of asking, and how long it takes."""
+    started = time.monotonic()
+    well, text = method(*arguments)
+    report.tell("info" if well else "error", "%s %s, in %.1f ms" % (
+        what, text, 1000 * (time.monotonic() - started)))
 
 class Manager:
-    """A manager on this host. home: its folder, /var/ossec or what --manager names."""
+    """A manager on this host. home: its folder, what --manager names or where it usually is."""
 
     def __init__(self, options):
         self.home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
 
-    def find_key_request(self, report):
-        """(version, settings of the key requests): (0, 0) if it is not known; {} for none."""
+    def key_request(self, report):
+        """(version, settings of the key requests): (0, 0) if not known; {} if it makes none."""
+        version, path = (0, 0), self.home + "/etc/ossec.conf"
         try:
             with open(self.home + "/VERSION.json", encoding="utf-8") as file:
                 version = tuple(map(int, re.findall("[0-9]+", json.load(file)["version"])[:2]))
         except (OSError, ValueError, KeyError, TypeError):
-            version = (0, 0)
             report.tell("note", "%s/VERSION.json does not tell the manager's version" % self.home)
-        path = self.home + "/etc/ossec.conf"
-        with open(path if os.path.exists(path) else self.home + "/etc/wazuh-manager.conf",
-                  encoding="latin-1") as file:
+        if not os.path.exists(path):
+            path = self.home + "/etc/wazuh-manager.conf"
+        with open(path, encoding="latin-1") as file:
             settings = read_configuration(file.read())
-        new, old = {}, {}
-        for place, value in settings.items():
-            if place[:2] == ("auth", "key_request") and len(place) == 3:
-                new[place[2]] = value
-            elif place[0].replace("'", '"') == 'wodle name="agent-key-polling"' and len(place) == 2:
-                old[place[1]] = value
-        asked = old if (0, 0) < version < (4, 4) or not new and not version[0] else new
+        new, old = ({place[-1]: settings[place] for place in settings if place[:len(form)] == form}
+                    for form in (("auth", "key_request"), (WODLE,)))
+        asked = old if (0, 0) < version < (4, 4) or not new and version == (0, 0) else new
         if new and old:
-            report.tell("error", "%s has both <key_request>, which managers from 4.4 on read, and <wodle"
-                        " name=\"agent-key-polling\">, which older ones do" % path)
+            report.tell("error", "%s has <key_request>, for managers from 4.4 on, and <%s>, for the "
+                        "older ones" % (path, WODLE))
         if version >= (5, 0):
             report.tell("error", "a manager of %d.%d asks nobody for keys: use --enroll" % version)
         elif not asked:
-            report.tell("error", "%s has no <key_request> in <auth> (before 4.4: no <wodle "
-                        "name=\"agent-key-polling\">): the manager asks nobody" % path)
+            report.tell("error", "%s has no <key_request> in <auth> (before 4.4: no <%s>): the "
+                        "manager asks nobody" % (path, WODLE))
         elif asked.get("enabled", "yes") != "yes" or (
                 asked is new and settings.get(("auth", "disabled"), "no") != "no"):
-            report.tell("error", "%s does not enable key requests, or <auth>: the manager asks nobody"
-                        % path)
+            report.tell("error", "%s: key requests, or <auth>, are disabled" % path)
         else:
             return version, asked
         return version, {}
 
     def check(self, name, report):
         """Tell why the manager does not enrol, and do what it does."""
-        version, asked = self.find_key_request(report)
+        version, asked = self.key_request(report)
         lexer = shlex.shlex(asked.get("exec_path", ""), posix=True)  # as the manager splits it
-        lexer.whitespace, lexer.quotes, lexer.commenters, lexer.whitespace_split = " ", '"', "", True
+        lexer.whitespace, lexer.quotes, lexer.commenters = " ", '"', ""
+        lexer.whitespace_split = True
         try:
-            words, seconds, place = list(lexer), float(asked.get("timeout", 60)), asked.get("socket")
+            words, seconds = list(lexer), float(asked.get("timeout", 60))
         except ValueError as error:
             report.tell("error", "exec_path or timeout: %s" % error)
             return
-        serves = bool(words and place) and (0, 0) < version < (4, 4)  # then it is no fall-back
-        if serves and "--serve" not in words:
-            report.tell("error", "where there is a socket, this manager starts exec_path as the server "
-                        "behind it: --serve is missing there")
+        place = asked.get("socket")
+        starts_it = bool(words and place) and (0, 0) < version < (4, 4)
+        if starts_it and "--serve" not in words:
+            report.tell("error", "exec_path lacks --serve: this manager starts it as the server of "
+                        "its socket")
         if asked and not words and not place:
-            report.tell("error", "there is neither exec_path nor socket: the manager can ask nobody")
+            report.tell("error", "there is neither exec_path nor socket: the manager asks nobody")
         own = number_of(split_command_line(words[1:])[0], "--timeout", SECONDS)
         if asked and seconds <= own:
-            report.tell("error", "the manager's timeout, %g s, is not longer than ours, %g s" % (
+            report.tell("error", "the manager's timeout, %g s, must be longer than ours, %g s" % (
                 seconds, own))
-        if words and not serves:
+        if words and not starts_it:
             attempt(report, "exec_path", self.run, words, seconds)
         if place:
-            attempt(report, "socket " + place, check_server, os.path.join(self.home, place), seconds)
+            attempt(report, "socket", check_server, os.path.join(self.home, place), seconds)
         self.compare(name, report)
 
     def run(self, words, seconds):
@@ -1470,10 +1393,9 @@ class Manager:
                 words + ["id", NOBODY], cwd=self.home, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                 restore_signals=False, preexec_fn=become_child)
-        except (OSError, ValueError) as error:
-            return False, "cannot be run: %s" % (getattr(error, "strerror", None) or error)
-        try:
             output, _ = process.communicate(timeout=seconds)
+        except OSError as error:
+            return False, "cannot be run: %s: %s" % (words[0], error.strerror)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signals.SIGKILL)
             return False, "was silent: the manager waits no longer"
@@ -1481,21 +1403,18 @@ class Manager:
 
     def compare(self, name, report):
         """Tell how many agents of the source the manager has."""
-        source, keys = open_source(name, SECONDS), open_source(self.home + "/etc/client.keys", SECONDS)
+        source, keys = open_source(name, SECONDS), open_source(
+            self.home + "/etc/client.keys", SECONDS)
         enrolled = {record["id"]: record for record in (judge(row)[0] for _, row in keys.rows())}
-        same = missing = 0
-        total = 0
-        for total, (_, row) in enumerate(source.rows(), 1):
-            record = judge(row)[0]
-            same += enrolled.get(record["id"]) == record
-            missing += record["id"] not in enrolled
+        there = [enrolled.get(record["id"], {}) == record if record["id"] in enrolled else None
+                 for record in (judge(row)[0] for _, row in source.rows())]
         report.tell("info", "%s: %d enrolled, %d not, %d with another name, address or key" % (
-            name, same, missing, total - same - missing))
+            name, there.count(True), there.count(None), there.count(False)))
 
     def tell(self, function, arguments):
         """A message to authd's own socket, and its answer: (error, dict); raises Trouble."""
-        path, message = self.home + "/queue/sockets/auth", to_json(
-            {"function": function, "arguments": arguments}).encode("ascii")
+        path = self.home + "/queue/sockets/auth"
+        message = to_json({"function": function, "arguments": arguments}).encode("ascii")
         try:
             with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as stream:
                 connection.settimeout(30)
@@ -1505,7 +1424,7 @@ class Manager:
                 reply = json.loads(stream.read(length).decode("latin-1"))
                 number, data = reply["error"], dict(reply.get("data", {}))
         except OSError as error:
-            raise Trouble("no manager answers at %s: %s" % (path, error.strerror or error)) from None
+            raise Trouble("no manager at %s: %s" % (path, error.strerror or error)) from None
         except (ValueError, KeyError, TypeError, struct.error):
             raise Trouble("%s closed, or gave no answer that we understand" % path) from None
         if number == 9015:
@@ -1523,23 +1442,6 @@ class Manager:
         other = [field for field in FIELDS if record[field] != there[field]]
         return False, other and "enrolled with another %s, and left so" % " and ".join(other)
 
-
-def check_server(path, seconds):
-    """Ask a server as the manager does: (whether that is well, what to say of it)."""
-    try:
-        return verdict_of(ask_server(path, ["id", NOBODY], seconds), 0)
-    except Reply as reply:
-        return False, reply.message[len(MESSAGES[2]):]
-
-
-def attempt(report, what, method, *arguments):
-    """Tell what comes of one way of asking, and how long it takes."""
-    started = time.monotonic()
-    well, text = method(*arguments)
-    report.tell("info" if well else "error", "%s %s, in %.1f ms" % (
-        what, text, 1000 * (time.monotonic() - started)))
-
-
 def enroll(options, name):
     """Add the agents of a source that the manager lacks; returns the exit status."""
     manager, report, added = Manager(options), Report(2), 0
@@ -1549,30 +1451,31 @@ def enroll(options, name):
             is_new, problem = manager.enroll(record)
             added += is_new
             if problem:
-                report.tell("error", "%s %d: %s: %s" % (source.unit, number, agent_of(record), problem))
+                report.tell("error", "%s %d: %s: %s" % (
+                    source.unit, number, agent_of(record), problem))
     except Trouble as trouble:
-        raise Trouble("%s (%s enrolled before; the next run goes on)" % (
-            trouble, counted(added, "agent"))) from None
+        raise Trouble("%s (%d enrolled before; the next run goes on)" % (trouble, added)) from None
     report.end()
-    if report.terminal or report.errors or "-v" in options:
-        say(2, "%s: %s, %d enrolled now, %s" % (name, counted(report.agents, "agent"), added,
-                                                counted(report.errors, "problem")))
-    return 1 if report.errors else 0
-
+    if report.terminal or report.count["error"] or "-v" in options:
+        say(2, "%s: %s, %d enrolled now, %s" % (name, counted(
+            report.agents, "agent"), added, counted(report.count["error"], "error")))
+    return 1 if report.count["error"] else 0
 
 def check(options, name):
     """Report on a source, the server with --socket, the manager with --manager: the exit status."""
     report, seconds = Report(1, "--json" in options), number_of(options, "--timeout", SECONDS)
-    check_source(name, seconds, report)
-    if "--socket" in options:
-        path = options["--socket"]
-        attempt(report, "server " + path, check_server, path, seconds)
-    if "--manager" in options:
-        Manager(options).check(name, report)
+    try:
+        check_source(name, seconds, report)
+        if "--socket" in options:
+            attempt(report, "server", check_server, options["--socket"], seconds)
+        if "--manager" in options:
+            Manager(options).check(name, report)
+    except (Reply, OSError, sqlite3.Error) as problem:
+        report.tell("error", message_of(problem))
     report.tell("info", "%s, %s, %s" % (counted(report.agents, "agent"), counted(
-        report.errors, "error"), counted(report.notes, "note")))
+        report.count["error"], "error"), counted(report.count["note"], "note")))
     report.end()
-    return 1 if report.errors else 0
+    return 1 if report.count["error"] else 0
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1598,10 +1501,8 @@ postgresql://user@host/database. Without --db: $AGENT_KEY_DB, else %s.
 HOME: the manager's folder, %s.
 """ % (STORE, SOCKET, " or ".join(HOMES))
 
-
 class Mistake(Exception):
     """A command line that a person has to correct, maybe the one in exec_path."""
-
 
 def task_of(options, words):
     """What is asked for, REQUEST or one of COMMANDS; raises Mistake."""
@@ -1624,7 +1525,6 @@ def task_of(options, words):
         raise Mistake("no request goes with %s" % task)
     return task
 
-
 def message_of(problem):
     """What to tell a person of an exception that was foreseen."""
     if isinstance(problem, OSError) and problem.strerror:
@@ -1633,9 +1533,22 @@ def message_of(problem):
         return reason_of(problem)
     return getattr(problem, "message", None) or str(problem)
 
+def request(options, words, name):
+    """A request to a database, a script or a running server."""
+    if "--socket" not in options:
+        if is_url(name):  # libpq warns of what it dislikes, and the manager would lose the answer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        answer_once(words, name, number_of(options, "--timeout", SECONDS))
+        return
+    try:
+        line = ask_server(options["--socket"], words, number_of(options, "--timeout", SECONDS))
+    except Reply as reply:
+        line = reply.line()
+    os.write(1, line)
 
 def main(options, words, name):
     """All but a request to a file: returns the exit status."""
+    status = 1
     try:
         if {"-h", "--help"} & set(options):
             os.write(1, HELP.encode("ascii"))
@@ -1645,17 +1558,15 @@ def main(options, words, name):
                 say(1, "%s.py %s sha256:%s" % (NAME, VERSION, sha256(script.read()).hexdigest()))
             return 0
         task = task_of(options, words)
+        if task in ("--check", "--enroll"):
+            return check(options, name) if task == "--check" else enroll(options, name)
         if task == REQUEST:
             request(options, words, name)
-        elif task == "--check":
-            return check(options, name)
-        elif task == "--enroll":
-            return enroll(options, name)
         else:
             (import_agents if task == "--import" else serve)(options, name)
         return 0
     except Mistake as mistake:
-        message = "%s (see --help)" % mistake
+        status, message = 2, "%s (see --help)" % mistake
         if not os.isatty(2):
             tell_syslog(True, message)
     except (Reply, Trouble, OSError, sqlite3.Error) as problem:
@@ -1663,23 +1574,7 @@ def main(options, words, name):
     except Exception as error:
         message = unforeseen(error).message
     say(2, "%s: error: %s" % (NAME, message))
-    return 2 if message.endswith("(see --help)") else 1
-
-
-def request(options, words, name):
-    """A request to a database, a script or a running server."""
-    seconds = number_of(options, "--timeout", SECONDS)
-    if "--socket" not in options:
-        if is_url(name):  # libpq warns of what it dislikes, and the manager would lose the answer
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        answer_once(words, name, seconds)
-        return
-    try:
-        line = ask_server(options["--socket"], words, seconds)
-    except Reply as reply:
-        line = reply.line()
-    os.write(1, line)
-
+    return status
 
 if __name__ == "__main__":
     os._exit(main(*given))

@@ -8,7 +8,6 @@ import os
 import pty
 import random
 import re
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -117,11 +116,6 @@ def sound(stores: Stores, agents: Sequence[Sequence[Any]] = GOOD, schema: str = 
     return private(stores.sqlite(agents, QUICK + (schema or UNTYPED_SCHEMA) + INDEXES))
 
 
-def csv(stores: Stores, agents: Sequence[Sequence[Any]] = GOOD) -> Path:
-    """The same as a text."""
-    return private(stores.csv(agents))
-
-
 def ask(source: Path, *words: str) -> Any:
     """Answer a request from a source."""
     return script.answer(list(words), lambda: script.open_source(str(source), 60))
@@ -132,7 +126,7 @@ def ask(source: Path, *words: str) -> Any:
 SOURCES: dict[str, Callable[[Stores], Path]] = {
     "sqlite": sound,
     "of the sample's schema": lambda stores: stores.indexed(GOOD),
-    "csv": stores_csv if (stores_csv := csv) else csv,
+    "csv": lambda stores: stores.csv(GOOD),
     "client.keys": lambda stores: stores.keys(GOOD),
     "sql": lambda stores: stores.sql(GOOD),
     "tabs": lambda stores: stores.text(
@@ -144,3 +138,554 @@ SOURCES: dict[str, Callable[[Stores], Path]] = {
 def test_a_healthy_source(stores: Stores, check: Check, kind: str) -> None:
     """The number of agents, and that is all."""
     assert check(private(SOURCES[kind](stores))).lines == [HEALTHY]
+
+
+def test_the_sample_is_healthy(stores: Stores, check: Check) -> None:
+    """As the script that it is, and loaded into a database."""
+    text = SAMPLE.read_text()
+    for path in stores.text(text, "sample.db.sql"), stores.sqlite([], text):
+        assert check(private(path)).lines == ["6 agents, 0 errors, 0 notes"]
+
+
+def test_an_imported_store_is_healthy(stores: Stores, check: Check) -> None:
+    store = stores.folder / "store.db"
+    assert forked("--db", store, "--import", stores.csv(GOOD)).status == 0
+    assert check(store).lines == [HEALTHY]
+
+
+def test_under_each_interpreter(ask_each: Caller, stores: Stores) -> None:
+    """A real process, in both forms; without --db it is $AGENT_KEY_DB, as for a request."""
+    agents = [*GOOD, ("005", "a b", "any", KEY), (b"006", "c", "10.0.0.5/24", "k" * 128)]
+    source = sound(stores, agents, PLAIN_SCHEMA)
+    mend = "as it is stored: {} is right, --import would mend it"
+    told = [
+        ("error", f"row 5: agent 005: {script.RULES['name']}"),
+        ("error", "row 6: agent 006: no request finds its id " + mend.format("006")),
+        ("error", "row 6: agent 006: no request finds its ip " + mend.format("10.0.0.0/24")),
+        ("note", "row 6: agent 006: key has 128 characters; the manager reads 127 back"),
+        ("info", "6 agents, 3 errors, 1 note"),
+    ]
+    env = {"PATH": ask_each.path, "AGENT_KEY_DB": str(source)}
+    for form in [], ["--json"]:
+        words = [*ask_each.command(), *form, "--check"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, "")
+        if form:
+            assert json.loads(done.stdout) == {
+                "agents": 6, "errors": 3, "notes": 1,
+                "findings": [{"level": level, "text": text} for level, text in told]}
+        else:
+            assert done.stdout.splitlines() == [
+                text if level == "info" else f"{level}: {text}" for level, text in told]
+
+
+# ---------------------------------------------------------------- the records
+
+BROKEN = [
+    *(("id", (number, "a", "any", "k")) for number in ("12a", "000", "", "0005", "0020")),
+    ("id", ("123456789", "a", "any", "k")), ("id", (SECRET, "a", "any", "k")),
+    ("name", ("005", "a b", "any", "k")), ("name", ("005", "", "any", "k")),
+    ("name", ("005", "a\033[2J", "any", "k")), ("name", ("005", SECRET + "/", "any", "k")),
+    ("ip", ("005", "a", "10.0.0.256", "k")), ("ip", ("005", "a", SECRET, "k")),
+    ("ip", ("005", "a", "::/64", "k")), ("key", ("005", "a", "any", "")),
+    ("key", ("005", "a", "any", SECRET * 3)), ("key", ("005", "a", "any", "k\xdf")),
+]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "csv"])
+def test_records_that_break_a_rule(stores: Stores, check: Check, kind: str) -> None:
+    """Each with its row or line, its id where that is one, and the rule, and no more of it: what
+    stands in a wrong place may be a key."""
+    agents = [*GOOD, *(record for _, record in BROKEN)]
+    checked = check(sound(stores, agents) if kind == "sqlite" else private(stores.csv(agents)))
+    unit, start = ("row", 5) if kind == "sqlite" else ("line", 6)
+    told = []
+    for number, (field, record) in enumerate(BROKEN, start):
+        digits = re.fullmatch("[0-9]{1,8}", record[0])
+        agent = record[0] if digits else f"with an id of {len(record[0])} characters"
+        told.append(f"{unit} {number}: agent {agent}: {script.RULES[field]}")
+    assert [text for text in checked.errors if " is already that of " not in text] == told
+
+
+@pytest.mark.parametrize("count", [100, 101, 500])
+def test_the_first_hundred_findings(stores: Stores, check: Check, count: int) -> None:
+    """Errors and notes together; then how many more, and at last the numbers of all."""
+    agents = [(f"{n:03d}", f"a {n}" if n % 2 else f"a{n}", "any", "k" * 128)
+              for n in range(1, count + 1)]
+    checked = check(private(stores.csv(agents)))
+    assert len(checked.errors) + len(checked.notes) == 100
+    more = [line for line in checked.lines if "more" in line]
+    assert more == ([f"... and {count - 100} more"] if count > 100 else [])
+    assert (checked.data["errors"], checked.data["notes"]) == ((count + 1) // 2, count // 2)
+
+
+UNFINDABLE: list[tuple[str, Any, str]] = [
+    *(("id", stored, "007") for stored in (" 007", "007 ", " 7", "7 ", b"007", b"7")),
+    ("id", " 1234", "1234"),
+    ("id", b"12345678", "12345678"),
+    ("ip", " 10.9.9.9", "10.9.9.9"),
+    ("ip", "10.9.9.9 ", "10.9.9.9"),
+    ("ip", b"10.9.9.9", "10.9.9.9"),
+    ("ip", "10.9.9.9/255.255.255.255", "10.9.9.9"),
+    ("ip", "::ffff:10.9.9.9", "10.9.9.9"),
+    ("ip", "10.9.9.9/24", "10.9.9.0/24"),
+    ("ip", "10.9.9.0/255.255.255.0", "10.9.9.0/24"),
+    ("ip", "::ffff:10.9.9.0/120", "10.9.9.0/24"),
+    ("ip", "FE80::1", "fe80::1"),
+    ("ip", "fe80:0::0001", "fe80::1"),
+    ("ip", "fe80::1/64", "fe80::/64"),
+]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "csv"])
+def test_what_no_request_finds(stores: Stores, check: Check, kind: str) -> None:
+    """An error with the right spelling; what --import makes of it is found, and healthy."""
+    store = stores.folder / "store.db"
+    for field, stored, right in UNFINDABLE:
+        if kind == "csv" and isinstance(stored, bytes):
+            continue
+        record = Record("005", "a", "any", "k")._replace(**{field: stored})
+        asked = right.replace("0/24", "9").replace("::/64", "::2")
+        agents = [*GOOD, record]
+        source = sound(stores, agents) if kind == "sqlite" else private(stores.csv(agents))
+        assert ask(source, field, asked).number == 4
+        assert [text.partition(": no request finds its ")[2] for text in check(source).errors] == [
+            f"{field} as it is stored: {right} is right, --import would mend it"], stored
+        assert forked("--db", store, "--import", source).status == 0
+        assert ask(store, field, asked).record["name"] == "a"
+        assert check(store).status == 0
+        if kind == "sqlite":
+            source.unlink()
+
+
+FINDABLE: list[tuple[str, Any]] = [
+    *(("id", stored) for stored in ("7", "07", "007", 7, 7.0, "1234", 1234, 12345678)),
+    *(("ip", stored) for stored in ("10.9.9.9", "10.9.9.9/32", "fe80::1/128", "10.9.9.0/24")),
+    *(("ip", stored) for stored in ("", None, "any")),
+    *(("ip", stored) for stored in ("ANY", " any ", "0.0.0.0/0", b"any")),  # nobody looks for it
+]
+
+
+def test_what_requests_find(stores: Stores, check: Check) -> None:
+    """Numbers have no zeros to miss, and databases and spreadsheets eat them."""
+    for field, stored in FINDABLE:
+        record = Record("005", "a", "any", "k")._replace(**{field: stored})
+        source = sound(stores, [*GOOD, record])
+        assert check(source).lines == ["5 agents, 0 errors, 0 notes"], stored
+        source.unlink()
+        if isinstance(stored, str):
+            source = private(stores.csv([*GOOD, record]))
+            assert check(source).lines == ["5 agents, 0 errors, 0 notes"], stored
+
+
+@pytest.mark.parametrize(("field", "one", "other"), [
+    ("id", "007", "007"),
+    ("id", "7", "07"),
+    ("ip", "10.9.9.9", "10.9.9.9"),
+    ("ip", "10.9.9.9", "10.9.9.9/32"),
+    ("ip", "2001:db8:9::/48", "2001:db8:9::/48"),
+    ("name", "same", "same"),
+    ("name", "any", "any"),
+])
+def test_what_only_one_agent_may_have(
+    stores: Stores, check: Check, field: str, one: str, other: str
+) -> None:
+    """The later one is told, and whose it is; for a name it is the manager who refuses."""
+    agents = [Record("008", "a", "10.0.0.1", "k")._replace(**{field: one}), *GOOD,
+              Record("009", "b", "10.0.0.2", "k")._replace(**{field: other})]
+    agent = "007" if field == "id" else "009"
+    for source, unit, first in (sound(stores, agents), "row", 1), (
+            private(stores.csv(agents)), "line", 2):
+        if field != "name":
+            asked = "007" if field == "id" else one.replace("::/48", "::9")
+            assert ask(source, field, asked).number == 5
+        assert check(source).errors == [
+            f"{unit} {first + 5}: agent {agent}: {field} is already that of {unit} {first}"]
+
+
+def test_what_many_agents_may_have(stores: Stores, check: Check) -> None:
+    """`any`, a key, an address within a network, networks within networks."""
+    ips = ["any", "", "any", "10.0.0.0/8", "10.0.0.0/16", "10.0.0.0", "2001:db8:0:1::1",
+           "2001:db8:0:2::1"]
+    agents = [(f"{n:03d}", f"a{n}", ip, "k") for n, ip in enumerate(ips, 1)]
+    assert check(sound(stores, agents)).lines == ["8 agents, 0 errors, 0 notes"]
+
+
+def test_what_the_manager_does_to_a_sound_record(stores: Stores, check: Check) -> None:
+    """MANAGER.md: it reads 127 characters back, and keeps its own host's name for itself."""
+    host = os.uname().nodename
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", host):
+        pytest.skip("this host's name could not be an agent's")
+    agents = [("005", "n" * 128, "any", "k"), ("006", "b", "any", "K" * 128),
+              ("007", "n" * 127, "any", "K" * 127), ("008", host, "any", "k"),
+              ("009", host + "-2", "any", "k")]
+    checked = check(sound(stores, agents))
+    reads = "has 128 characters; the manager reads 127 back"
+    assert checked.notes == [f"row 1: agent 005: name {reads}", f"row 2: agent 006: key {reads}"]
+    assert checked.errors == ["row 4: agent 008: name is this host's own: its manager refuses that"]
+
+
+# ---------------------------------------------------------------- what it says is true
+
+IDS: list[Any] = [
+    "001", "1", "01", 1, 1.0, b"001", " 001", "001 ", "0001", "002", "2", 2, "003", 3, "1000", 1000,
+    "01000", "12345678", 12345678, "123456789", "x", "", None, "1.0", "000", 0, 1.5, "+4", "4 ",
+]
+IPS: list[Any] = [
+    "any", "", None, "10.0.0.1", "10.0.0.1/32", "10.0.0.1 ", "::ffff:10.0.0.1", "::ffff:a00:1",
+    "10.0.0.0/24", "10.0.0.9/24", "10.0.0.0/255.255.255.0", " 10.0.0.0/24", "10.0.0.0/16",
+    "10.0.0.0/1", "128.0.0.0/1", "fe80::1", "FE80::1", "fe80:0::1", "fe80::1/128", "2001:db8::/32",
+    "2001:db8::5/32", "2001:DB8::/32", b"10.0.0.3", "010.0.0.1", "10.0.0.256", 7, "::/64", "host",
+]
+ASKED = {32: "10.0.0.200", 24: "10.0.0.200", 16: "10.0.77.1", 1: "10.77.0.1"}
+TABLES = {
+    "untyped": UNTYPED_SCHEMA,
+    "indexed": UNTYPED_SCHEMA + INDEXES,
+    "text": PLAIN_SCHEMA,
+    "numbers": PLAIN_SCHEMA.replace("id VARCHAR(8)", "id INTEGER"),
+    "any case": UNTYPED_SCHEMA.replace("id,", "id COLLATE NOCASE,").replace(
+        "ip,", "ip COLLATE NOCASE,"),
+    "csv": "",
+}
+
+
+def is_found(source: Path, row: Sequence[Any]) -> bool:
+    """Whether requests find this agent, by its id, and by its address if it has one."""
+    record, broken = script.judge(row)
+    reply = ask(source, "id", record["id"])
+    if broken or reply.record != record:
+        return False
+    if record["ip"] == "any":
+        return True
+    address, _, length = record["ip"].partition("/")
+    if length and ":" in address:
+        address = "2001:db8:7::1"
+    elif length:
+        address = "200.0.0.1" if address.startswith("128.") else ASKED[int(length)]
+    reply = ask(source, "ip", address)
+    return bool(reply.record == record)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_an_agent_is_found_unless_there_is_an_error(stores: Stores, table: str) -> None:
+    """In random tables: who is not found is named, and who is called an error is not found."""
+    luck = random.Random(table)
+    counts = [0, 0]
+    for _ in range(60):
+        agents = [random_agent(luck, number) for number in range(luck.randrange(1, 6))]
+        if table == "csv":
+            agents = [row for row in agents if b"" not in map(type, row)]
+            source = stores.csv([[as_text(value) for value in row] for row in agents])
+        else:
+            source = stores.sqlite(agents, QUICK + TABLES[table])
+        report = script.Report(1, True)
+        script.check_source(str(source), 60, report)
+        errors = [one["text"] for one in report.findings if one["level"] == "error"]
+        numbered = list(script.open_source(str(source), 60).rows())
+        assert report.agents == len(numbered)
+        places = [list(map(int, re.findall(r"(?:row|line) (\d+)", text))) for text in errors]
+        named = {number for numbers in places for number in numbers}
+        own = {numbers[0] for numbers in places if len(numbers) == 1}
+        found = {number for number, row in numbered if is_found(source, row)}
+        lost = {number for number, _ in numbered} - found
+        assert lost <= named, (agents, errors)
+        assert not own & found, (agents, errors)
+        for numbers in places:  # if two share something, one is in the other's way, or will be
+            assert lost & set(numbers), (agents, errors)
+        counts[0] += len(found)
+        counts[1] += len(lost)
+        source.unlink()
+    assert min(counts) > 20, counts
+
+
+def random_agent(luck: random.Random, number: int) -> tuple[Any, ...]:
+    """An agent each of whose fields may be wrong, or another's."""
+    return (luck.choice([*IDS, *[f"10{number}"] * 30]), luck.choice(["a b", *[f"a{number}"] * 9]),
+            luck.choice([*IPS, *[f"192.168.0.{number}"] * 30]), "k")
+
+
+def as_text(value: Any) -> str:
+    """A value as a text file would have it."""
+    return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
+
+
+# ---------------------------------------------------------------- the source
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "csv"])
+def test_a_source_that_others_may_read_or_write(stores: Stores, check: Check, kind: str) -> None:
+    """Who reads it has the keys: a note. Who writes it enrols agents: no request is answered."""
+    source = sound(stores) if kind == "sqlite" else stores.csv(GOOD)
+    for mode in 0o644, 0o604:
+        source.chmod(mode)
+        checked = check(source)
+        assert (checked.status, checked.notes) == (
+            0, [f"others may read {source}, and keys are secrets: chmod o-r it"])
+    source.chmod(0o602)
+    assert ask(source, "id", "001").number == 2
+    checked = check(source)
+    assert len(checked.errors) == 1 and "writable by everybody" in checked.errors[0]
+    assert str(source) in checked.errors[0]
+
+
+ENOUGH = {
+    "unique": "CREATE TABLE agent (id TEXT PRIMARY KEY, name, ip TEXT UNIQUE, agent_key)",
+    "rowid": "CREATE TABLE agent (id INTEGER PRIMARY KEY, name, ip, agent_key); "
+             "CREATE INDEX a ON agent (ip, id)",
+    "without rowid": "CREATE TABLE agent (id TEXT PRIMARY KEY, name, ip, agent_key) WITHOUT ROWID; "
+                     "CREATE INDEX a ON agent (ip)",
+}
+TOO_LITTLE = {
+    "none": (PLAIN_SCHEMA, ["id", "ip"]),
+    "id": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (id)", ["ip"]),
+    "ip": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (ip)", ["id"]),
+    "name": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (name, id, ip)", ["id", "ip"]),
+    "some of them": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (id) WHERE ip = 'any';"
+                     "CREATE INDEX b ON agent (ip)", ["id"]),
+}
+
+
+@pytest.mark.parametrize("schema", TOO_LITTLE)
+def test_missing_indexes(stores: Stores, check: Check, schema: str) -> None:
+    """The statement is told that is the cure, and it is no error."""
+    sql, fields = TOO_LITTLE[schema]
+    source = private(stores.sqlite(GOOD, QUICK + sql))
+    checked = check(source)
+    assert checked.status == 0
+    assert checked.notes == [f"requests are slow without an index: CREATE INDEX agent_{field} ON "
+                             f"agent ({field});" for field in fields]
+    with contextlib.closing(sqlite3.connect(str(source))) as database:
+        database.executescript(" ".join(text.partition(": ")[2] for text in checked.notes))
+        database.execute("ANALYZE")
+    assert check(source).lines == [HEALTHY]
+
+
+@pytest.mark.parametrize("schema", ENOUGH)
+def test_indexes_of_any_kind(stores: Stores, check: Check, schema: str) -> None:
+    source = private(stores.sqlite(GOOD, QUICK + ENOUGH[schema]))
+    assert check(source).lines == [HEALTHY]
+
+
+def test_a_table_that_sqlite_knows_to_be_small(stores: Stores, check: Check) -> None:
+    """Its statistics must not make it look as if an index were missing."""
+    for agents in [], GOOD[:1], GOOD:
+        source = sound(stores, agents)
+        with contextlib.closing(sqlite3.connect(str(source))) as database:
+            database.execute("ANALYZE")
+        assert check(source).notes == []
+        source.unlink()
+
+
+def test_a_view(stores: Stores, check: Check) -> None:
+    """It has no indexes of its own: a statement that cannot be executed is no cure."""
+    source = stores.sqlite(GOOD, QUICK + UNTYPED_SCHEMA)
+    with contextlib.closing(sqlite3.connect(str(source))) as database:
+        database.executescript("ALTER TABLE agent RENAME TO host; CREATE VIEW agent AS"
+                               " SELECT id, name, ip, agent_key FROM host")
+    assert check(private(source)).lines == [HEALTHY]
+
+
+UNREADABLE: dict[str, Callable[[Stores], Path]] = {
+    "missing": lambda stores: stores.folder / "nowhere.db",
+    "a folder": lambda stores: stores.folder,
+    "a device": lambda stores: Path("/dev/null"),
+    "empty": lambda stores: stores.text("", "empty.csv"),
+    "a letter": lambda stores: stores.text("Dear all,\n", "letter.txt"),
+    "without keys": lambda stores: stores.text("id,name,ip\n001,a,any\n", "agents.csv"),
+    "a broken quote": lambda stores: stores.text('id,name,ip,key\n001,"a,any,k\n', "agents.csv"),
+    "another table": lambda stores: stores.text("CREATE TABLE other (id);", "other.sql"),
+    "another database": lambda stores: another(stores.indexed()),
+    "a broken script": lambda stores: stores.text(f"INSERT {SECRET};", "broken.sql"),
+    "half a database": lambda stores: half(stores.indexed(records(2000))),
+    "half of its indexes": lambda stores: half(sound(stores, records(2000))),
+}
+
+
+def another(path: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(str(path))) as database:
+        database.execute("ALTER TABLE agent RENAME TO host")
+    return path
+
+
+def half(path: Path) -> Path:
+    os.truncate(path, path.stat().st_size // 2)
+    return path
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_source_that_cannot_be_read(stores: Stores, check: Check, what: str) -> None:
+    """Every request would fail, so that is the error, and it names the source."""
+    source = UNREADABLE[what](stores)
+    checked = check(source)
+    assert checked.status == 1 and len(checked.errors) == 1
+    assert str(source) in checked.errors[0]
+
+
+def test_a_locked_database(stores: Stores, locked: Callable[[Path], None]) -> None:
+    """It does not wait for ever. (In a fork: to close the file here would end the lock.)"""
+    source = sound(stores)
+    locked(source)
+    said = forked("--db", source, "--timeout", "0.2", "--check")
+    assert (said.status, said.err) == (1, "") and "locked" in said.out
+
+
+def test_a_source_that_one_may_not_read(open_folder: Path, nobody: int) -> None:
+    source = sound(Stores(open_folder))
+    said = forked("--db", source, "--check", before=become(nobody))
+    assert (said.status, said.err) == (1, "")
+    assert f"{source}: Permission denied" in said.out
+
+
+# ---------------------------------------------------------------- where it is told
+
+
+def test_a_report_that_cannot_be_written(stores: Stores) -> None:
+    """Who reads the exit status must not take it for a healthy source; no file is to blame."""
+    bad = stores.csv([("001", "a b", "any", "k")] * 200, "bad.csv")
+    for source in sound(stores), bad:
+        for form in [], ["--json"]:
+            full = os.open("/dev/full", os.O_WRONLY)
+            reader, closed = os.pipe()
+            os.close(reader)
+            for descriptor, reason in (full, "No space left"), (closed, "Broken pipe"):
+                said = forked("--db", source, *form, "--check", stdout=descriptor)
+                os.close(descriptor)
+                assert said.status == 1 and len(said.lines) == 1, said
+                assert f"standard output: {reason}" in said.err, said
+                assert source.name not in said.err
+
+
+def test_progress_on_a_terminal(stores: Stores) -> None:
+    """On standard error alone: the report may be somewhere else."""
+    source = sound(stores, records(3000))
+    master, slave = pty.openpty()
+    child = Child("--db", source, "--check", "--json", stderr=slave)
+    try:
+        os.close(slave)
+        text = b""
+        with contextlib.suppress(OSError):  # EIO: the last writer has gone
+            while piece := os.read(master, 4096):
+                text += piece
+        said = child.wait()
+    finally:
+        child.close()
+        os.close(master)
+    assert re.fullmatch(rb"(\d+ agents\r)+", text), text
+    assert json.loads(said.out)["agents"] == 3000
+
+
+def test_one_in_many(stores: Stores, check: Check) -> None:
+    """Among 10,000 agents, one of them bad, nothing else is told."""
+    agents = records(10_000)
+    agents[7776] = Record("7777", "bad name", "any", "k")
+    checked = check(sound(stores, agents))
+    assert checked.lines == [f"error: row 7777: agent 7777: {script.RULES['name']}",
+                             "10000 agents, 1 error, 0 notes"]
+
+
+# ---------------------------------------------------------------- the server
+
+SOUND = rb'{"error": 4, "message": "No agent key found"}'
+IMPOSTORS = {
+    "closes without a word": b"",
+    "no JSON": b"hello\n",
+    "no object": b"[]\n",
+    "a text": b'"error"\n',
+    "half an object": SOUND[:25],
+    "text before it": b"warning\n" + SOUND,
+    "a number that kills the manager": b'{"error": 0, "data": {"id": 1, "name": "a",'
+    b' "ip": "any", "key": "' + SECRET.encode() + b'"}}\n',
+    "an agent": b'{"error": 0, "data": {"id": "001", "name": "a", "ip": "any", "key": "'
+    + SECRET.encode() + b'"}}\n',
+    "an error that is a text": SOUND.replace(b"4", b'"4"'),
+    "an error that is none": SOUND.replace(b"4", b"null"),
+    "no error": b'{"message": "No agent key found"}',
+    "an unreadable source": b'{"error": 2, "message": "Cannot read key source: gone"}\n',
+    "something deep": b"[" * 60_000,
+    "control characters": b'{"error": 2, "message": "\\u001b[2J\\n\xff"}',
+}
+
+
+@contextlib.contextmanager
+def impostor(path: Path, reply: bytes | None) -> Iterator[None]:
+    """A server that gives the same REPLY to everything, and for None stays silent."""
+    listener, held = socket.socket(socket.AF_UNIX), []
+    listener.bind(str(path))
+    listener.listen(9)
+
+    def work() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            held.append(connection)
+            if reply is not None:
+                with contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    connection.sendall(reply)
+                connection.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for one in [listener, *held]:
+            one.close()
+        path.unlink()
+
+
+def test_a_server_that_answers(stores: Stores, check: Check, open_folder: Path) -> None:
+    """A healthy one reads as healthy; and how long it took."""
+    source, path = sound(stores), open_folder / "s"
+    with serving(source, path):
+        checked = check(source, "--socket", path)
+    assert checked.lines[-1] == HEALTHY and len(checked.lines) == 2
+    assert re.fullmatch(rf"server {path} gave a sound answer \(there is no agent 00000000\), "
+                        r"in \d+\.\d ms", checked.lines[0]), checked.lines
+
+
+@pytest.mark.parametrize("what", IMPOSTORS)
+def test_a_server_with_a_wrong_answer(
+    stores: Stores, check: Check, open_folder: Path, what: str
+) -> None:
+    """What the manager would make of it is an error; a key in it is not told."""
+    path = open_folder / "s"
+    with impostor(path, IMPOSTORS[what]):
+        checked = check(sound(stores), "--socket", path)
+    assert len(checked.errors) == 1 and checked.errors[0].startswith(f"server {path} "), checked
+    if what in ("half an object", "no JSON", "something deep"):
+        assert "text before" not in checked.errors[0], checked
+
+
+def test_a_server_that_is_silent(stores: Stores, check: Check, open_folder: Path) -> None:
+    path = open_folder / "s"
+    with impostor(path, None):
+        checked = check(sound(stores), "--timeout", "0.2", "--socket", path)
+    assert len(checked.errors) == 1 and "timed out" in checked.errors[0]
+
+
+def test_no_server(stores: Stores, check: Check, open_folder: Path) -> None:
+    """Nothing is there, what a dead one left, a file; and it does not matter for the source."""
+    source, path = sound(stores), open_folder / "s"
+    for reason in "No such file", "refused", "refused":
+        checked = check(source, "--socket", path)
+        assert len(checked.errors) == 1 and reason in checked.errors[0], checked
+        assert str(path) in checked.errors[0] and checked.data["agents"] == 4
+        if not path.exists():
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(str(path))
+        else:
+            path.unlink()
+            path.write_text("")
+
+
+def test_a_server_and_a_source_that_cannot_be_read(
+    stores: Stores, check: Check, open_folder: Path
+) -> None:
+    """Both are told."""
+    path = open_folder / "s"
+    assert len(check(stores.folder / "nowhere.db", "--socket", path).errors) == 2

@@ -138,6 +138,17 @@ def test_a_device(device: str) -> None:
     assert refuses(device)
 
 
+@pytest.mark.parametrize("name", ["a.db", "a.sql"])
+def test_a_file_whose_disk_fails(stores: Stores, name: str) -> None:
+    """It opens, and reading it does not work."""
+    broken = Path("/proc/self/mem")
+    if not broken.exists():
+        pytest.skip("no file here that fails so")
+    path = stores.folder / name
+    path.symlink_to(broken)
+    assert refuses(path) == "Input/output error"
+
+
 def test_links_are_followed(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stores.folder)
     Path("sub").mkdir()
