@@ -9,14 +9,14 @@ loader = SourceFileLoader("__main__", path)
 cache, status = cache_from_source(path), posix.stat(path)
 # Python looks at the second of the last edit, which may be set; nobody can set this moment.
 loader.path_stats = lambda _: {"mtime": status.st_ctime_ns & 0xFFFFFFFF, "size": status.st_size}
-mask = posix.umask(0o022)
-try:
-    for place in path.rpartition("/")[0] or ".", cache.rpartition("/")[0], cache:
-        if posix.access(place, posix.F_OK) and posix.stat(place).st_mode & 0o002:
-            raise ValueError  # a stranger could have put it there
-    code = loader.get_code("__main__")
-except (EOFError, TypeError, ValueError):  # or it is damaged
-    code = loader.source_to_code(loader.get_data(path), path)
+mask, code = posix.umask(0o022), None
+places = path[:path.rfind("/") + 1] or ".", cache.rpartition("/")[0], cache
+if not any(posix.access(place, posix.F_OK) and posix.stat(place).st_mode & 2 for place in places):
+    try:  # else a stranger could have put it there
+        code = loader.get_code("__main__")
+    except Exception:
+        loader.set_data(cache, b"")  # it is damaged: the next start makes it anew
+code = code or loader.source_to_code(loader.get_data(path), path)
 posix.umask(mask)
 exec(code, {"__name__": "__main__", "__file__": path})
 '
@@ -85,6 +85,9 @@ RULES = {  # what a field must be, in words; judge() has them in code
 MISSING = "\0"  # a field that its line does not have: breaks every rule
 BLANK = ("", "", "", "")
 
+SQLITE_SAYS = ("database disk image is malformed", "disk I/O error",
+               "file is not a database", "unable to open database file", "database or disk is full",
+               "malformed database schema")
 ROWS = "SELECT id, name, ip, agent_key FROM agent"
 
 # -------------------------------------------------------------------------------------- the reply
@@ -315,7 +318,7 @@ def open_source(name, seconds, whole=None):
         return Database(name, seconds)
     path = check_file(name)
     if is_script(name):
-        return open_script(name, seconds)
+        return open_script(name, seconds, whole)
     with open(name, "rb", 0) as file:
         head = file.read(20)
     if not head.startswith(b"SQLite format 3\0"):
@@ -323,7 +326,7 @@ def open_source(name, seconds, whole=None):
     import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
     path = path if path.startswith("/") else "./" + path
     # A WAL database wants files beside it, though it only reads; not if nobody is at work on it.
-    frozen = head[19] == 2 and not posix.access(path + "-wal", posix.F_OK) and (
+    frozen = head[19:] == b"\2" and not posix.access(path + "-wal", posix.F_OK) and (
         not posix.access(path.rpartition("/")[0] + "/", posix.W_OK))
     uri = "file:%s?mode=ro" % "".join(["%%%02X" % byte for byte in path.encode(
         sys.getfilesystemencoding(), "surrogateescape")])
@@ -357,7 +360,8 @@ class SqliteSource:
         without a type (PRAGMA table_info) may hold either."""
         if self.typeless is None:
             columns = self.query("PRAGMA table_info(agent)")
-            self.typeless = {column[1].lower() for column in columns if not column[2]}
+            self.typeless = {name.lower() for _, name, kind, *_ in columns
+                             if not kind or "BLOB" in kind.upper()}
         values = texts + [int(texts[0])] if field == "id" and "id" in self.typeless else texts
         return list(self.query(query_for(field, "?", len(values)), values))
 
@@ -370,19 +374,18 @@ def query_for(field, mark, count):
     return "%s WHERE %s IN (%s)" % (ROWS, field, ", ".join([mark] * count))
 
 def reason_of(error):
-    """What SQLite says of a failure, without names and values, which could be stored text."""
+    """What SQLite says of a failure, if it is one of those that quote nothing stored."""
     text = str(error)
-    if text == "interrupted":
-        return "no answer in time (--timeout)"
+    if text in ("interrupted", "database is locked"):
+        return "%sno answer in time (--timeout)" % ("locked by others, " * (text[0] == "d"))
     if text.startswith(("no such table", "no such column")):
         return "it lacks a table or view agent(id, name, ip, agent_key)"
-    for mark in ":(\"'":
-        text = text.partition(mark)[0]
-    return text.rstrip()
+    text = text.partition(" (")[0]
+    return text if text in SQLITE_SAYS else "SQLite cannot read it"
 
 class TextSource:
-    """Agents in a text file, which is read once. parsed: iterator of one row for each line, from the
-    line number `first` on; agent_in: gives a row as it is to be, or None for no agent."""
+    """Agents in a text file, which is read once. parsed: iterator of one row for each line, from
+    the number `first` on; agent_in: gives a row as it is to be, or None for no agent."""
 
     unit = "line"
 
@@ -406,7 +409,7 @@ def client_keys(lines):
     """The rows of a manager's client.keys."""
     for line in lines:
         row = line.split(" ", 3)
-        yield row if len(row) == 4 else row + [MISSING] * (4 - len(row))
+        yield row if len(row) == 4 else (line.rstrip("\r\n").split(" ") + [MISSING] * 3)[:4]
 
 def agent_in_keys(row):
     """A row of client.keys, None for a comment or a removed agent."""
@@ -420,7 +423,12 @@ def delimited(lines, name, header, delimiter, places):
     from operator import itemgetter
     tabs, pick, width = delimiter == "\t", itemgetter(*places), max(places) + 1
     csv.field_size_limit(sys.maxsize)  # somebody else's long field must not end the reading
-    reader = csv.reader(lines, delimiter=delimiter, strict=True,
+
+    def without_nul(line):  # which csv takes from 3.11 on only
+        if "\0" in line:
+            raise csv.Error
+        return line
+    reader = csv.reader(map(without_nul, lines), delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
     number = 0
     try:
@@ -445,15 +453,22 @@ def unescaped(field):
 
 def open_text(stream, name, whole):
     """The source in a text file, told by its first line that is neither blank nor a comment."""
+    import csv
     from io import TextIOWrapper
     from itertools import chain
-    head = [stream.readline(9999).decode("latin-1").replace("\xef\xbb\xbf", "", 1)]  # a BOM
+    head = [stream.readline().decode("latin-1").replace("\xef\xbb\xbf", "", 1)]  # a BOM
     while head[-1] and head[-1][0] in "# \r\n":
-        head.append(stream.readline(9999).decode("latin-1"))
-    first = head[-1].strip("\r\n")
-    delimiter = max(",;\t", key=first.count)
-    columns = [column.strip(' "').lower() for column in first.split(delimiter)]
-    is_csv = "id" in columns and len(columns) > 1
+        head.append(stream.readline().decode("latin-1"))
+    first, delimiter, is_csv = head[-1].strip("\r\n"), "", False
+    for delimiter in ",;\t":
+        try:
+            header = next(csv.reader([first], delimiter=delimiter), [])
+        except csv.Error:
+            header = []
+        columns = [column.strip(" ").lower() for column in header]
+        is_csv = "id" in columns and len(columns) > 1
+        if is_csv:
+            break
     lines = TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n")
     whole = whole or (lambda lines, _: lines)
     if is_csv:
@@ -464,7 +479,8 @@ def open_text(stream, name, whole):
         rows = delimited(whole(lines, head), name, len(head), delimiter, places)
         return TextSource(rows, len(head) + 1, lambda row: None if row is BLANK else row)
     words = first.split(" ", 3) + [""] * 3
-    is_agent = words[3] and (not words[0].strip(DIGITS) or words[2] == "any" or "." in words[2])
+    is_agent = words[3] and (not words[0].strip(DIGITS) or words[2] == "any" or (
+        "." in words[2] or ":" in words[2]) and not words[2].strip(DIGITS + "abcdefABCDEF.:/"))
     if is_agent or name.endswith(".keys") or not first and "".join(head).strip():
         return TextSource(client_keys(whole(chain(head, lines), [])), 1, agent_in_keys)
     raise Reply(2, "%s: %s" % (name, "no SQLite database, CSV with a header (id, name, ip, key), "
@@ -484,7 +500,7 @@ def look_up(words, find_source):
         raise Reply(6, "%s: %s" % (agent_of(record), faults[0]))
     return Reply(0, agent_of(record), record)
 
-def answer(words, find_source):
+def answer(words, find_source, name="the source"):
     """The Reply to a request, by either method; never raises for what it asks or finds.
 
     words: list of str (`["id", "001"]`), as anyone may have sent them; find_source: called for the
@@ -497,7 +513,7 @@ def answer(words, find_source):
     except ImportError as error:
         return Reply(2, without_module(error))
     except OSError as error:
-        return Reply(2, "%s: %s" % (error.filename or "reading it", error.strerror))
+        return Reply(2, "%s: %s" % (error.filename or name, error.strerror))
     except Exception as error:
         return unforeseen(error)
 
@@ -559,7 +575,7 @@ def answer_once(words, name, seconds):
     signal(SIGALRM, give_up)
     setitimer(ITIMER_REAL, seconds)
     try:
-        reply = answer(words, lambda: open_source(name, seconds * 0.9))
+        reply = answer(words, lambda: open_source(name, seconds * 0.9), name)
         setitimer(ITIMER_REAL, 0)
     except Reply as late:
         reply = late
@@ -581,7 +597,7 @@ def begin(arguments):
     pthread_sigmask(SIG_UNBLOCK, (SIGTERM, SIGINT, SIGHUP))
     signal(SIGINT, SIG_DFL)
     options, words = split_command_line(arguments)
-    named = posix.environ.get(b"AGENT_KEY_DB", b"").decode("utf-8", "surrogateescape")
+    named = posix.environ.get(b"AGENT_KEY_DB", b"").decode("ascii", "surrogateescape")
     name, seconds = options.get("--db") or named or STORE, number_of(options, "--timeout", SECONDS)
     if set(options) <= {"--db", "--timeout"} and all(options.values()) and seconds and (
             not is_url(name) and not is_script(name)):
@@ -734,28 +750,29 @@ class Database:
         """Iterator of (row number, row)."""
         return enumerate(self.query(ROWS), 1)
 
-def open_script(name, seconds):
-    """The source in an SQL script, loaded into memory statement by statement; raises Reply."""
+SQL_COMMENT = r"--[^\n]*|/\*.*?\*/"
+SQL_TOKEN = re.compile("'[^']*'|\"[^\"]*\"|`[^`]*`|\\[[^]]*\\]|;|" + SQL_COMMENT, re.DOTALL)
+
+def open_script(name, seconds, whole):
+    """The source in an SQL script, loaded into memory statement by statement; raises Reply. whole:
+    for an import, whether its last statement must have an end."""
     with open(name, encoding="latin-1", newline="") as file:
-        script = file.read()
+        script = file.read() + ("" if whole else "\n;")
     source = SqliteSource(sqlite3.connect(":memory:", isolation_level=None), name, seconds)
     source.connection.set_authorizer(lambda action, *_: action == sqlite3.SQLITE_ATTACH)  # refuse
-    line, statement, problem = 1, "", ""
-    pieces = script.split(";")
-    for piece in pieces[:-1]:
-        statement += piece + ";"
+    start, problem = 3 * script.startswith("\xef\xbb\xbf"), "a statement without an end"  # a BOM
+    for token in SQL_TOKEN.finditer(script):
         try:
-            if sqlite3.complete_statement(statement):
+            statement = script[start:token.end()] if token.group() == ";" else ""
+            if statement and sqlite3.complete_statement(statement):  # not so within a trigger
                 source.connection.execute(statement)
-                line, statement = line + statement.count("\n"), ""
+                start = token.end()
         except (ValueError, sqlite3.Error, sqlite3.Warning) as error:
             problem = reason_of(error) if str(error) == "interrupted" else "SQLite cannot run this"
             break
-    rest = (statement or pieces[-1]).lstrip()
-    if source.connection.in_transaction or not all(
-            text.startswith("--") for text in rest.splitlines() if text.strip()):
-        line += (statement or pieces[-1]).partition(rest)[0].count("\n")
-        raise Reply(2, "%s: line %d: %s" % (name, line, problem or "it ends within a statement"))
+    start = re.compile(r"(\s|%s)*" % SQL_COMMENT, re.DOTALL).match(script, start).end()
+    if start < len(script) or whole and source.connection.in_transaction:
+        raise Reply(2, "%s: line %d: %s" % (name, script.count("\n", 0, start) + 1, problem))
     return source
 
 
@@ -818,7 +835,7 @@ class Conversation(socketserver.BaseRequestHandler):
         words = received.rstrip(b"\r\n\0").decode("latin-1").split(":", 1)
         reply = Reply(3, ": more than %d bytes" % REQUEST_LENGTH)
         if len(received) <= REQUEST_LENGTH:
-            reply = answer(words, self.server.find_source)
+            reply = answer(words, self.server.find_source, self.server.name)
         try:
             self.request.sendall(reply.line())  # far less than a socket holds: it does not wait
         except OSError:
@@ -1327,21 +1344,24 @@ class Manager:
 
     def key_request(self, report):
         """(version, settings of the key requests): (0, 0) if not known; {} if it makes none."""
-        version, path = (0, 0), self.home + "/etc/ossec.conf"
-        try:
-            with open(self.home + "/VERSION.json", encoding="utf-8") as file:
-                version = tuple(map(int, re.findall("[0-9]+", json.load(file)["version"])[:2]))
-        except (OSError, ValueError, KeyError, TypeError):
-            report.tell("note", "%s/VERSION.json does not tell the manager's version" % self.home)
+        version, path = (0, 0), self.home + "/etc/wazuh-manager.conf"
         if not os.path.exists(path):
-            path = self.home + "/etc/wazuh-manager.conf"
+            path = self.home + "/etc/ossec.conf"
         with open(path, encoding="latin-1") as file:
             settings = read_configuration(file.read())
+        try:
+            with open(self.home + "/VERSION.json", encoding="utf-8") as file:
+                major, minor, *_ = re.findall("[0-9]+", json.load(file)["version"])
+            version = int(major), int(minor)
+        except (OSError, ValueError, KeyError, TypeError):
+            report.tell("note", "%s/VERSION.json does not tell the manager's version" % self.home)
         new, old = ({place[-1]: settings[place] for place in settings if place[:len(form)] == form}
                     for form in (("auth", "key_request"), (WODLE,)))
-        asked = old if (0, 0) < version < (4, 4) or not new and version == (0, 0) else new
+        asked = old if (0, 0) < version < (4, 4) or not new else new
+        if asked is old and version == (0, 0):
+            version = (4, 3)  # there was no VERSION.json then
         if new and old:
-            report.tell("error", "%s has <key_request>, for managers from 4.4 on, and <%s>, for the "
+            report.tell("error", "%s has <key_request>, for managers from 4.4 on, and <%s>, for "
                         "older ones" % (path, WODLE))
         if version >= (5, 0):
             report.tell("error", "a manager of %d.%d asks nobody for keys: use --enroll" % version)
@@ -1349,7 +1369,7 @@ class Manager:
             report.tell("error", "%s has no <key_request> in <auth> (before 4.4: no <%s>): the "
                         "manager asks nobody" % (path, WODLE))
         elif asked.get("enabled", "yes") != "yes" or (
-                asked is new and settings.get(("auth", "disabled"), "no") != "no"):
+                settings.get(("auth", "disabled"), "no") != "no"):
             report.tell("error", "%s: key requests, or <auth>, are disabled" % path)
         else:
             return version, asked
@@ -1387,7 +1407,7 @@ class Manager:
         """Run an exec_path as the manager does: (whether that is well, what to say of it)."""
         def become_child():
             pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP))
-            signal(signals.SIGPIPE, SIG_IGN)
+            os.umask(0o022)
         try:
             process = subprocess.Popen(
                 words + ["id", NOBODY], cwd=self.home, stdin=subprocess.DEVNULL,
@@ -1406,7 +1426,8 @@ class Manager:
         source, keys = open_source(name, SECONDS), open_source(
             self.home + "/etc/client.keys", SECONDS)
         enrolled = {record["id"]: record for record in (judge(row)[0] for _, row in keys.rows())}
-        there = [enrolled.get(record["id"], {}) == record if record["id"] in enrolled else None
+        source.deadline = time.monotonic() + 86400  # for all of them
+        there = [enrolled[record["id"]] == record if record["id"] in enrolled else None
                  for record in (judge(row)[0] for _, row in source.rows())]
         report.tell("info", "%s: %d enrolled, %d not, %d with another name, address or key" % (
             name, there.count(True), there.count(None), there.count(False)))
@@ -1436,7 +1457,10 @@ class Manager:
         number, data = self.tell("get", {"id": record["id"]})
         if number == 9011:  # it is not there
             number, _ = self.tell("add", record)
-            return not number, number and "not enrolled: " + REFUSALS.get(
+            if not number:
+                return True, ""
+        if number:
+            return False, "not enrolled: " + REFUSALS.get(
                 number, "the manager says error %s" % number)
         there, _ = judge([data.get(field) for field in FIELDS])
         other = [field for field in FIELDS if record[field] != there[field]]
@@ -1496,9 +1520,10 @@ HELP = """usage: agent_key_request.py [--db SOURCE] [--timeout SECONDS] id AGENT
        agent_key_request.py [--db SOURCE] --enroll [--manager [HOME]] [-v]
        agent_key_request.py --version | --help
 SOURCE: SQLite, CSV, client.keys, an SQL script (.sql), mysql://user@host/database or
-postgresql://user@host/database. Without --db: $AGENT_KEY_DB, else %s.
---socket of --serve: %s. --timeout: 10 s; of --serve: 5 s for each request.
-HOME: the manager's folder, %s.
+postgresql://user@host/database; without --db $AGENT_KEY_DB, else
+%s. --timeout: 10 s; of --serve: 5 s for each request;
+its --socket: %s. HOME: the manager's folder,
+%s.
 """ % (STORE, SOCKET, " or ".join(HOMES))
 
 class Mistake(Exception):

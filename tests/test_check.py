@@ -116,6 +116,12 @@ def sound(stores: Stores, agents: Sequence[Sequence[Any]] = GOOD, schema: str = 
     return private(stores.sqlite(agents, QUICK + (schema or UNTYPED_SCHEMA) + INDEXES))
 
 
+def mend(field: str, right: str) -> str:
+    """What is told of a value that no request finds."""
+    return (f"no request finds its {field} as it is stored: {right} is right, and --import would "
+            "mend it")
+
+
 def ask(source: Path, *words: str) -> Any:
     """Answer a request from a source."""
     return script.answer(list(words), lambda: script.open_source(str(source), 60))
@@ -157,11 +163,10 @@ def test_under_each_interpreter(ask_each: Caller, stores: Stores) -> None:
     """A real process, in both forms; without --db it is $AGENT_KEY_DB, as for a request."""
     agents = [*GOOD, ("005", "a b", "any", KEY), (b"006", "c", "10.0.0.5/24", "k" * 128)]
     source = sound(stores, agents, PLAIN_SCHEMA)
-    mend = "as it is stored: {} is right, --import would mend it"
     told = [
         ("error", f"row 5: agent 005: {script.RULES['name']}"),
-        ("error", "row 6: agent 006: no request finds its id " + mend.format("006")),
-        ("error", "row 6: agent 006: no request finds its ip " + mend.format("10.0.0.0/24")),
+        ("error", "row 6: agent 006: " + mend("id", "006")),
+        ("error", "row 6: agent 006: " + mend("ip", "10.0.0.0/24")),
         ("note", "row 6: agent 006: key has 128 characters; the manager reads 127 back"),
         ("info", "6 agents, 3 errors, 1 note"),
     ]
@@ -219,63 +224,59 @@ def test_the_first_hundred_findings(stores: Stores, check: Check, count: int) ->
     assert (checked.data["errors"], checked.data["notes"]) == ((count + 1) // 2, count // 2)
 
 
-UNFINDABLE: list[tuple[str, Any, str]] = [
-    *(("id", stored, "007") for stored in (" 007", "007 ", " 7", "7 ", b"007", b"7")),
-    ("id", " 1234", "1234"),
-    ("id", b"12345678", "12345678"),
-    ("ip", " 10.9.9.9", "10.9.9.9"),
-    ("ip", "10.9.9.9 ", "10.9.9.9"),
-    ("ip", b"10.9.9.9", "10.9.9.9"),
-    ("ip", "10.9.9.9/255.255.255.255", "10.9.9.9"),
-    ("ip", "::ffff:10.9.9.9", "10.9.9.9"),
-    ("ip", "10.9.9.9/24", "10.9.9.0/24"),
-    ("ip", "10.9.9.0/255.255.255.0", "10.9.9.0/24"),
-    ("ip", "::ffff:10.9.9.0/120", "10.9.9.0/24"),
-    ("ip", "FE80::1", "fe80::1"),
-    ("ip", "fe80:0::0001", "fe80::1"),
-    ("ip", "fe80::1/64", "fe80::/64"),
+# Field, text (the number of the agent in place of #, 10 to 99), what makes the value of it, and the
+# right spelling: none where it is right.
+SPELLED: list[tuple[str, str, Callable[[str], Any], str]] = [
+    *(("id", text, str, "0#") for text in (" 0#", "0# ", " #", "# ")),
+    *(("id", text, str.encode, "0#") for text in ("0#", "#")),
+    ("id", " 10#", str, "10#"),
+    ("id", "123456#", str.encode, "123456#"),
+    ("ip", " 10.9.#.9", str, "10.9.#.9"),
+    ("ip", "10.9.#.9 ", str, "10.9.#.9"),
+    ("ip", "10.9.#.9", str.encode, "10.9.#.9"),
+    ("ip", "10.9.#.9/255.255.255.255", str, "10.9.#.9"),
+    ("ip", "::ffff:10.9.#.9", str, "10.9.#.9"),
+    ("ip", "10.9.#.9/24", str, "10.9.#.0/24"),
+    ("ip", "10.9.#.0/255.255.255.0", str, "10.9.#.0/24"),
+    ("ip", "::ffff:10.9.#.0/120", str, "10.9.#.0/24"),
+    ("ip", "FE80:#::1", str, "fe80:#::1"),
+    ("ip", "fe80:#:0::0001", str, "fe80:#::1"),
+    ("ip", "fe80:#::1/64", str, "fe80:#::/64"),
+    *(("id", text, str, "") for text in ("#", "0#", "10#")),
+    *(("id", text, value, "") for text in ("#", "10#", "123456#") for value in (int, float)),
+    *(("ip", text, str, "") for text in ("10.9.#.9", "10.9.#.9/32", "10.9.#.0/24", "any", "")),
+    ("ip", "fe80:#::1/128", str, ""),
+    *(("ip", text, str, "") for text in ("ANY", " any ", "0.0.0.0/0")),  # nobody looks for these
+    ("ip", "any", str.encode, ""),
+    ("ip", "", lambda _: None, ""),
 ]
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "csv"])
 def test_what_no_request_finds(stores: Stores, check: Check, kind: str) -> None:
     """An error with the right spelling; what --import makes of it is found, and healthy."""
-    store = stores.folder / "store.db"
-    for field, stored, right in UNFINDABLE:
-        if kind == "csv" and isinstance(stored, bytes):
+    agents, told, spelled = [], [], []
+    for number, (field, text, value, right) in enumerate(SPELLED, 10):
+        if kind == "csv" and value is not str:
             continue
-        record = Record("005", "a", "any", "k")._replace(**{field: stored})
-        asked = right.replace("0/24", "9").replace("::/64", "::2")
-        agents = [*GOOD, record]
-        source = sound(stores, agents) if kind == "sqlite" else private(stores.csv(agents))
-        assert ask(source, field, asked).number == 4
-        assert [text.partition(": no request finds its ")[2] for text in check(source).errors] == [
-            f"{field} as it is stored: {right} is right, --import would mend it"], stored
-        assert forked("--db", store, "--import", source).status == 0
-        assert ask(store, field, asked).record["name"] == "a"
-        assert check(store).status == 0
-        if kind == "sqlite":
-            source.unlink()
-
-
-FINDABLE: list[tuple[str, Any]] = [
-    *(("id", stored) for stored in ("7", "07", "007", 7, 7.0, "1234", 1234, 12345678)),
-    *(("ip", stored) for stored in ("10.9.9.9", "10.9.9.9/32", "fe80::1/128", "10.9.9.0/24")),
-    *(("ip", stored) for stored in ("", None, "any")),
-    *(("ip", stored) for stored in ("ANY", " any ", "0.0.0.0/0", b"any")),  # nobody looks for it
-]
-
-
-def test_what_requests_find(stores: Stores, check: Check) -> None:
-    """Numbers have no zeros to miss, and databases and spreadsheets eat them."""
-    for field, stored in FINDABLE:
-        record = Record("005", "a", "any", "k")._replace(**{field: stored})
-        source = sound(stores, [*GOOD, record])
-        assert check(source).lines == ["5 agents, 0 errors, 0 notes"], stored
-        source.unlink()
-        if isinstance(stored, str):
-            source = private(stores.csv([*GOOD, record]))
-            assert check(source).lines == ["5 agents, 0 errors, 0 notes"], stored
+        record = Record(f"0{number}", f"a{number}", "any", "k")
+        agents.append(record._replace(**{field: value(text.replace("#", str(number)))}))
+        spelled.append((field, right.replace("#", str(number)), f"a{number}"))
+        if right:
+            unit, place = ("row", len(agents)) if kind == "sqlite" else ("line", len(agents) + 1)
+            right = spelled[-1][1]
+            agent = right if field == "id" else record.id
+            told.append(f"{unit} {place}: agent {agent}: {mend(field, right)}")
+    source = sound(stores, agents) if kind == "sqlite" else private(stores.csv(agents))
+    assert check(source).errors == told
+    store = stores.folder / "store.db"
+    assert forked("--db", store, "--import", source).status == 0
+    for field, right, name in spelled:
+        if right:
+            asked = right.replace("0/24", "9").replace("::/64", "::2")
+            assert ask(source, field, asked).number == 4, right
+            assert ask(store, field, asked).record["name"] == name
+    assert check(store).lines == [f"{len(agents)} agents, 0 errors, 0 notes"]
 
 
 @pytest.mark.parametrize(("field", "one", "other"), [
@@ -452,10 +453,10 @@ def test_missing_indexes(stores: Stores, check: Check, schema: str) -> None:
     source = private(stores.sqlite(GOOD, QUICK + sql))
     checked = check(source)
     assert checked.status == 0
-    assert checked.notes == [f"requests are slow without an index: CREATE INDEX agent_{field} ON "
-                             f"agent ({field});" for field in fields]
+    assert checked.notes == [f"requests are slow without CREATE INDEX agent_{field} ON agent "
+                             f"({field});" for field in fields]
     with contextlib.closing(sqlite3.connect(str(source))) as database:
-        database.executescript(" ".join(text.partition(": ")[2] for text in checked.notes))
+        database.executescript(" ".join(re.findall("CREATE[^;]+;", "".join(checked.notes))))
         database.execute("ANALYZE")
     assert check(source).lines == [HEALTHY]
 
@@ -644,7 +645,7 @@ def test_a_server_that_answers(stores: Stores, check: Check, open_folder: Path) 
     with serving(source, path):
         checked = check(source, "--socket", path)
     assert checked.lines[-1] == HEALTHY and len(checked.lines) == 2
-    assert re.fullmatch(rf"server {path} gave a sound answer \(there is no agent 00000000\), "
+    assert re.fullmatch(r"server gave a sound answer \(there is no agent 00000000\), "
                         r"in \d+\.\d ms", checked.lines[0]), checked.lines
 
 
@@ -656,7 +657,7 @@ def test_a_server_with_a_wrong_answer(
     path = open_folder / "s"
     with impostor(path, IMPOSTORS[what]):
         checked = check(sound(stores), "--socket", path)
-    assert len(checked.errors) == 1 and checked.errors[0].startswith(f"server {path} "), checked
+    assert len(checked.errors) == 1 and checked.errors[0].startswith("server "), checked
     if what in ("half an object", "no JSON", "something deep"):
         assert "text before" not in checked.errors[0], checked
 
@@ -681,11 +682,3 @@ def test_no_server(stores: Stores, check: Check, open_folder: Path) -> None:
         else:
             path.unlink()
             path.write_text("")
-
-
-def test_a_server_and_a_source_that_cannot_be_read(
-    stores: Stores, check: Check, open_folder: Path
-) -> None:
-    """Both are told."""
-    path = open_folder / "s"
-    assert len(check(stores.folder / "nowhere.db", "--socket", path).errors) == 2

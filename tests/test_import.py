@@ -5,6 +5,7 @@ Most of it runs in a fork of the tests: the whole program, without an interprete
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -102,7 +103,7 @@ class Child:
                     before()
                     os._exit(script.main(*script.begin([os.fspath(word) for word in arguments])))
                 except BaseException:
-                    traceback.print_exc()
+                    os.write(2, traceback.format_exc().encode())
             os._exit(1)
         os.close(mine)
         self.ended = False
@@ -118,7 +119,8 @@ class Child:
             file.seek(0)
             texts.append(file.read().decode("ascii"))
         self.close()
-        assert not any(word in "".join(texts) for word in ("Traceback", "Internal", KEY, SECRET))
+        for word in "Traceback", "Internal error", KEY, SECRET:
+            assert word not in "".join(texts)
         return Said(os.waitstatus_to_exitcode(status), *texts)
 
     def close(self) -> None:
@@ -284,26 +286,30 @@ def test_what_the_store_is(stores: Stores, store: Path) -> None:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
-CANONICAL = [
+CANONICAL = [  # #: the number of the agent
     ("", "any"),
     ("ANY", "any"),
     ("0.0.0.0/0", "any"),
-    (" 10.0.0.5 ", "10.0.0.5"),
-    ("10.0.0.5/32", "10.0.0.5"),
-    ("10.0.0.5/24", "10.0.0.0/24"),
-    ("10.0.0.5/255.255.0.0", "10.0.0.0/16"),
-    ("::ffff:10.0.0.5", "10.0.0.5"),
-    ("::FFFF:a00:5/120", "10.0.0.0/24"),
-    ("2001:DB8:0:0::0001", "2001:db8::1"),
-    ("2001:db8::1/128", "2001:db8::1"),
-    ("2001:db8:1:2::3/48", "2001:db8:1::/48"),
+    (" 10.#.0.5 ", "10.#.0.5"),
+    ("10.#.0.5/32", "10.#.0.5"),
+    ("10.#.0.5/24", "10.#.0.0/24"),
+    ("10.#.0.5/255.255.0.0", "10.#.0.0/16"),
+    ("::ffff:10.#.0.5", "10.#.0.5"),
+    ("::FFFF:10.#.0.5/120", "10.#.0.0/24"),
+    ("2001:DB8:#:0::0001", "2001:db8:#::1"),
+    ("2001:db8:#::1/128", "2001:db8:#::1"),
+    ("2001:db8:#:2::3/48", "2001:db8:#::/48"),
+    ("2001:db8:0:#::1", "2001:db8:0:#::1"),
+    ("2001:db8:0:#::1", "2001:db8:0:#::1"),
 ]
 
 
 def test_addresses_are_written_in_one_spelling(stores: Stores, store: Path) -> None:
-    for ip, right in CANONICAL:
-        imported(store, stores.csv([("001", "a", ip, "k")]))
-        assert rows(store) == [("001", "a", right, "k")], ip
+    """So that requests find them; and what is not the same is not taken for it."""
+    agents = [[Record(str(n), f"a{n}", ip.replace("#", str(n)), "k") for ip in ips]
+              for n, ips in enumerate(CANONICAL, 100)]
+    imported(store, stores.csv([given for given, _ in agents]))
+    assert rows(store) == [right for _, right in agents]
 
 
 def test_ids_and_padding_and_types_are_mended(stores: Stores, store: Path) -> None:
@@ -428,20 +434,24 @@ def foreign(store: Path, schema: str = PLAIN_SCHEMA) -> None:
     Stores(store.parent).sqlite(OLD, schema, store.name)
 
 
+def something_else(store: Path) -> None:
+    with contextlib.closing(sqlite3.connect(str(store))) as database:
+        database.execute("CREATE TABLE books (title)")
+
+
 IN_THE_WAY: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a device": ("regular file|device", device),
     "a folder": ("regular file|folder", lambda store: store.mkdir()),
     "a named pipe": ("regular file|pipe", named_pipe),
     "a socket": ("regular file|socket", listener),
-    "somebody's database": ("no --import made", foreign),
-    "the sample": ("no --import made", lambda store: foreign(store, SAMPLE.read_text())),
-    "a database without agents": (
-        "no --import made", lambda store: foreign(store, f"CREATE TABLE a(b);{PLAIN_SCHEMA}")),
-    "its own with a table": ("no --import made", lambda store: add(store, "CREATE TABLE a(b)")),
+    "somebody's database": ("of somebody's own", foreign),
+    "the sample": ("of somebody's own", lambda store: foreign(store, SAMPLE.read_text())),
+    "a database of something else": ("of somebody's own", something_else),
+    "its own with a table": ("of somebody's own", lambda store: add(store, "CREATE TABLE a(b)")),
     "its own with a view": (
-        "no --import made", lambda store: add(store, "CREATE VIEW a AS SELECT id FROM agent")),
-    "its own without a table": ("no --import made|damaged",
-                                lambda store: add(store, "DROP TABLE agent")),
+        "of somebody's own", lambda store: add(store, "CREATE VIEW a AS SELECT id FROM agent")),
+    "its own without a table": (
+        "database", lambda store: add(store, "DROP TABLE agent; CREATE TABLE a(b)")),
     "half of its own": ("damaged", lambda store: damage(store, 40960)),
     "the first page of its own": ("damaged", lambda store: damage(store, 4096)),
     "the head of its own": ("damaged", lambda store: damage(store, 100)),
@@ -533,20 +543,6 @@ def test_a_store_is_an_sqlite_file(stores: Stores, tmp_path: Path, name: str) ->
     assert not (tmp_path / "agents.sql").exists()
 
 
-WRITABLE = {
-    "its mode": lambda store: store.chmod(0o646),
-    "its folder's": lambda store: store.parent.chmod(0o777),
-}
-
-
-@pytest.mark.parametrize("what", WRITABLE)
-def test_a_store_that_everybody_may_write(stores: Stores, old_store: Path, what: str) -> None:
-    """It says why, and does not call a sound store a damaged one."""
-    WRITABLE[what](old_store)
-    said = refused(old_store, stores.csv(GOOD))
-    assert "writable by everybody" in said.err and "damaged" not in said.err, said
-
-
 # ---------------------------------------------------------------- all or nothing
 
 
@@ -621,9 +617,8 @@ def test_what_only_one_agent_may_have(stores: Stores, old_store: Path, field: st
         said = refused(old_store, stores.csv(agents))
         agent = "007" if field == "id" else "801"
         assert faults(said) == [f"error: line 9: agent {agent}: {field} is already that of line 2"]
-        said = refused(old_store, stores.sqlite(agents, name="source.db"))
-        assert faults(said) == [f"error: row 8: agent {agent}: {field} is already that of row 1"]
-        (stores.folder / "source.db").unlink()
+    said = refused(old_store, stores.sqlite(agents))
+    assert faults(said) == [f"error: row 8: agent {agent}: {field} is already that of row 1"]
 
 
 def test_one_field_of_many_agents(stores: Stores, old_store: Path) -> None:
@@ -821,7 +816,9 @@ def test_somebody_elses_file_does_not_become_the_store(
 
 
 def become(user: int) -> Callable[[], None]:
-    """Become another user in the fork."""
+    """Become another user in the fork, who may be unable to read the interpreter's library."""
+    codecs.lookup("latin-1")
+
     def before() -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
@@ -839,12 +836,12 @@ def test_what_one_may_not(open_folder: Path, nobody: int) -> None:
     said = refused(store, source, **how)
     assert str(store) in said.err and "Permission denied" in said.err, said
     store.chmod(0o644)
-    source.chmod(0o600)
-    assert f"{source}: Permission denied" in refused(store, source, **how).err
-    source.chmod(0o644)
     said = refused(store, source, **how)
     assert f"{store}.import: Permission denied" in said.err
     os.chown(open_folder, nobody, nobody)
+    source.chmod(0o600)
+    assert f"{source}: Permission denied" in refused(store, source, **how).err
+    source.chmod(0o644)
     said = refused(store, source, **how)  # the store is root's: it cannot be given to him again
     assert "not permitted" in said.err and str(store) in said.err, said
     assert "standard output" not in said.err, said
@@ -898,7 +895,7 @@ def test_killed_at_any_moment(stores: Stores, store: Path) -> None:
     imported(store, sources[0])
     store.chmod(0o640)
     ends = []
-    for number in all_lines(store, sources[0])[::2]:
+    for number in all_lines(store, sources[0])[::3]:
         said = forked("--db", store, "--import", sources[1], before=at_line(number, signal.SIGKILL))
         assert said == Said(-signal.SIGKILL, "", ""), number
         assert beside(store) <= {store.name + ".import"}
@@ -914,8 +911,8 @@ def test_ended_at_any_moment(stores: Stores, store: Path) -> None:
     sources = [stores.csv(OLD, "old.csv"), stores.csv(GOOD[:2])]
     imported(store, sources[0])
     ends = []
-    for number in all_lines(store, sources[0]):
-        what = (signal.SIGINT, signal.SIGTERM)[number % 2]
+    for number in all_lines(store, sources[0])[::2]:
+        what = (signal.SIGINT, signal.SIGTERM)[number // 2 % 2]
         said = forked("--db", store, "--import", sources[1], before=at_line(number, what))
         assert beside(store) == set(), (number, said)
         there = rows(store)
@@ -957,7 +954,20 @@ def waits_for_input(pid: int) -> bool:
     return state == "S" and "null" in opened  # it has begun: its first step opens /dev/null
 
 
-MANY = 20_000
+MANY = 500
+
+
+class Quick(sqlite3.Connection):
+    """Tells of its progress more often, so that few agents will do."""
+
+    def set_progress_handler(self, handler: Any, count: int) -> None:
+        super().set_progress_handler(handler, min(count, 500))
+
+
+def often() -> None:
+    """Have the fork's SQLite tell of its progress often."""
+    connect = sqlite3.connect
+    script.sqlite3.connect = lambda *words, **how: connect(*words, **{"factory": Quick, **how})
 
 
 @pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -966,6 +976,7 @@ def test_ended_while_indexes_are_built(
 ) -> None:
     """There SQLite is at work, and gives up by itself."""
     def before() -> None:
+        often()
         calls, progress = 0, script.Report.progress
 
         def interrupted(report: Any) -> Any:
@@ -1002,9 +1013,9 @@ def test_nobody_reads_what_it_says(stores: Stores, old_store: Path, agents: Any)
 def test_a_file_may_not_grow(stores: Stores, old_store: Path) -> None:
     """As a full disk, for those who are not root."""
     def before() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    said = refused(old_store, stores.csv(records(MANY)), before=before)
+    said = refused(old_store, stores.csv(records(2000)), before=before)
     assert len(said.lines) == 1 and "nothing imported" in said.err
     imported(old_store, stores.csv(GOOD), before=before)
     assert rows(old_store) == GOOD
@@ -1012,10 +1023,10 @@ def test_a_file_may_not_grow(stores: Stores, old_store: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Make a file system of one megabyte."""
+    """Make a file system of a quarter of a megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("only root can mount a small disk")
     folder.chmod(0o755)
@@ -1027,7 +1038,7 @@ def test_a_full_disk(stores: Stores, small_disk: Path) -> None:
     """It is told, nothing is lost, and what has been written goes away again."""
     store = small_disk / "agents.db"
     imported(store, stores.csv(OLD, "old.csv"))
-    said = refused(store, stores.csv(records(MANY)))
+    said = refused(store, stores.csv(records(3000)))
     assert len(said.lines) == 1 and "full" in said.err and "nothing imported" in said.err
     imported(store, stores.csv(GOOD))
     assert rows(store) == GOOD
@@ -1081,6 +1092,30 @@ def test_while_another_one_is_at_work(
     assert rows(old_store) == GOOD and beside(old_store) == set()
 
 
+def test_another_one_that_starts_just_then(stores: Stores, old_store: Path) -> None:
+    """The first ends between our `open` and our lock, and a third begins: what is its own stays."""
+    place = Path(f"{old_store}.import")
+
+    def before() -> None:
+        flock, held = script.fcntl.flock, []
+
+        def late(descriptor: int, how: int) -> None:
+            if not held:
+                place.rename(old_store)
+                held.append(os.open(place, os.O_RDWR | os.O_CREAT, 0o600))
+                os.write(held[0], b"the third one's")
+                flock(held[0], how)
+            flock(descriptor, how)
+
+        script.fcntl.flock = late
+
+    shutil.copy(old_store, place)
+    place.chmod(0o600)
+    said = forked("--db", old_store, "--import", stores.csv(GOOD), before=before)
+    assert said.status == 1 and place.read_text() == "the third one's", said
+    assert "another import" in said.err and rows(old_store) == OLD
+
+
 def test_many_at_once_do_not_mix(
     stores: Stores, store: Path, start: Callable[..., Child]
 ) -> None:
@@ -1124,7 +1159,7 @@ def test_verbose(stores: Stores, store: Path, count: int) -> None:
 
 def test_the_fastest_way_to_silence(stores: Stores, store: Path) -> None:
     """Cron mails whatever is printed: nothing is, not even of many."""
-    assert imported(store, stores.csv(records(MANY))) == Said(0, "", "")
+    assert imported(store, stores.csv(records(3000))) == Said(0, "", "")
 
 
 def on_terminal(start: Callable[..., Child], *arguments: str | Path, **how: Any) -> str:
@@ -1157,11 +1192,11 @@ def test_progress_on_a_terminal(
 ) -> None:
     """While agents are read, and on and on while the indexes are built."""
     def before() -> None:
+        often()
         progress = script.Report.progress
 
         def hurried(report: Any) -> Any:
-            if report.agents % 1000 == 0:  # five times a second is too seldom to be seen here
-                report.due = 0.0
+            report.due = 0.0  # five times a second is too seldom to be seen here
             return progress(report)
 
         script.Report.progress = hurried
@@ -1169,7 +1204,7 @@ def test_progress_on_a_terminal(
     source = stores.csv(records(MANY))
     text = on_terminal(start, "--db", store, "--import", source, before=before)
     shown = [int(number) for number in re.findall(r"(\d+) agents\r", text)]
-    assert shown == sorted(shown) and set(range(1000, MANY, 1000)) <= set(shown)
+    assert shown == sorted(shown) and set(shown) == set(range(1, MANY + 1))
     assert shown.count(MANY) > 4  # one is for the last agent, at most one for its insertion
 
 
@@ -1185,13 +1220,19 @@ class Cost(NamedTuple):
     megabytes: float
 
 
-def cost(words: Sequence[str | Path], **how: Any) -> Cost:
-    """Run a command that must go well, and measure it."""
-    process = subprocess.Popen(words, **how)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+MEASURE = """import json, resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, status]))"""
+
+
+def cost(words: Sequence[str | Path], status: int = 0, **how: Any) -> Cost:
+    """Run a command to its STATUS, and measure it: from a small process, whose size counts, too."""
+    words = [sys.executable, "-IS", "-c", MEASURE, *words]
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, **how)
+    *used, ended = json.loads(done.stdout)
+    assert ended == status
+    return Cost(*used)
 
 
 @pytest.mark.slow
@@ -1217,7 +1258,6 @@ def test_a_million_agents(ask: Caller, stores: Stores, store: Path, tmp_path: Pa
         ratios.append(own.seconds / theirs.seconds)
         assert own.megabytes <= 150
     assert min(ratios) <= 3, ratios
-    assert len(rows(store)) == MILLION
     assert answer(store, ["ip", "10.15.66.63"])["data"]["id"] == "999999"
 
 
@@ -1226,6 +1266,6 @@ def test_a_million_faults(ask: Caller, stores: Stores, old_store: Path) -> None:
     """They cost no more memory than agents, however many they are."""
     source = stores.text("id,name,ip,key\n" + "001,a b,any,k\n" * 300_000, "bad.csv")
     words = [*ask.command(), "--db", str(old_store), "--import", str(source)]
-    wrapped = ["/bin/sh", "-c", '"$@" 2>/dev/null; test $? = 1', "sh", *words]
-    assert cost(wrapped, env={"PATH": ask.path}).megabytes <= 150
+    how = {"env": {"PATH": ask.path}, "stderr": subprocess.DEVNULL}
+    assert cost(words, 1, **how).megabytes <= 150
     assert rows(old_store) == OLD and beside(old_store) == set()

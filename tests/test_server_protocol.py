@@ -14,6 +14,7 @@ import struct
 import termios
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -202,7 +203,7 @@ def noise(count: int) -> Iterator[bytes]:
 
 
 def test_any_bytes_get_one_json_answer_or_a_clean_close(server: Server) -> None:
-    for request in noise(1500):
+    for request in noise(900):
         answer = talk(server, request, half_close=b":" not in request)
         assert answer or b":" not in request, request
         if answer:
@@ -229,15 +230,16 @@ class Counting(socket.socket):
 def test_one_sendall(store: Path, request_bytes: bytes) -> None:
     """The manager calls recv once: what comes in a second piece is lost."""
     ours, theirs = socket.socketpair()
-    served = script.Server("unused", script.Conversation, bind_and_activate=False)
-    served.name, served.seconds, served.log = str(store), 60.0, script.Log.__new__(script.Log)
-    served.log.verbose, served.log.write = False, lambda *_: None
-    with ours, served, Counting(fileno=theirs.detach()) as counting:
+    with ours, Counting(fileno=theirs.detach()) as counting:
         ours.send(request_bytes)
+        log = types.SimpleNamespace(verbose=False, write=lambda *_: None)
+        source = script.open_source(str(store), 60)
+        served = types.SimpleNamespace(
+            find_source=lambda: source, name=str(store), patience=60, log=log
+        )
         script.Conversation(counting, "", served)
         assert counting.sent == 1
         check_line(ours.recv(65536))
-        served.close_source()
 
 
 # ---------------------------------------------------------------- clients that hold a worker
@@ -282,7 +284,7 @@ def test_seven_silent_clients_at_a_time(server: Server) -> None:
         thread.start()
     try:
         with Load(server.path, STORED, threads=8) as load:
-            load.wait(1000)
+            load.wait(500)
     finally:
         done.set()
         for thread in threads:

@@ -29,7 +29,7 @@ PATIENCE = 60.0  # seconds that nothing here needs, on however busy a machine
 def look(path: str | bytes | Path, *words: str, seconds: float = PATIENCE) -> dict[str, Any]:
     """Ask the source at PATH, check what holds for every answer, and give its JSON object."""
     name = os.fsdecode(path)
-    reply = script.answer(words, lambda: script.open_source(name, seconds))
+    reply = script.answer(words, lambda: script.open_source(name, seconds), name)
     assert SECRET.encode() not in reply.line()
     content = check_line(reply.line())
     if content["error"] == 2:
