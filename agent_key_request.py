@@ -94,10 +94,8 @@ ROWS = "SELECT id, name, ip, agent_key FROM agent"
 
 class Reply(Exception):
     """The answer to a request; raised by whoever finds out that it is an error.
-
     number: the error, 0 for none (MESSAGES); detail: str that ends the message, for people, never
-    with stored text in it; record: dict of str to hand out.
-    """
+    with stored text in it; record: dict of str to hand out."""
 
     def __init__(self, number, detail="", record=None):
         super().__init__(number)
@@ -134,7 +132,6 @@ def to_json(value):
 
 def parse_network(text):
     """An address or network as (number, width, prefix): an integer, 32 or 128, 0 to width.
-
     A single address has prefix = width; IPv4 mapped into IPv6 is IPv4. ValueError if it is neither.
     """
     address, slash, length = text.partition("/")
@@ -161,9 +158,7 @@ def spell(number, width, prefix):
 
 def canonical(ip):
     """A stored ip (str) in its one spelling: address, network or `any`, for which none stands, too.
-
-    ValueError if it is none of them, or one that the manager's own check (OS_IsValidIP) refuses.
-    """
+    ValueError if it is none of them, or one that the manager's own check (OS_IsValidIP) refuses."""
     try:
         inet_pton(AF_INET, ip)  # most are such an address, and so spelled
         return ip
@@ -229,9 +224,7 @@ def agent_of(record):
 def parse_request(words):
     """A request as (field, texts): the column to look in, and the texts that may stand there; the
     first is what is asked for. Of the spellings that a sound store can hold there are few.
-
-    words: list of str, as anyone may have sent them. Raises Reply.
-    """
+    words: list of str, as anyone may have sent them. Raises Reply."""
     option, value = (list(words) + ["", ""])[:2]
     if not option or option in ("id", "ip") and not value:
         raise Reply(1)
@@ -310,10 +303,8 @@ def is_script(name):
 def open_source(name, seconds, whole=None):
     """The source that `--db` names, for queries of up to `seconds`; raises Reply. whole: what the
     lines of a text are passed through, for an import.
-
     A source has `find(field, texts)`: list of rows, and `rows()`: iterator of (number, row); a row
-    has the FIELDS, as they are stored.
-    """
+    has the FIELDS, as they are stored."""
     if is_url(name):
         return Database(name, seconds)
     path = check_file(name)
@@ -338,7 +329,7 @@ class SqliteSource:
     """The table or view `agent` of an SQLite connection. deadline: when a query is given up, in
     time.monotonic(); frozen: changes to the file do not show."""
 
-    unit = "row"
+    unit, scheme = "row", "sqlite"
 
     def __init__(self, connection, name, seconds, frozen=False):
         self.connection, self.name, self.frozen, self.typeless = connection, name, frozen, None
@@ -502,10 +493,8 @@ def look_up(words, find_source):
 
 def answer(words, find_source, name="the source"):
     """The Reply to a request, by either method; never raises for what it asks or finds.
-
     words: list of str (`["id", "001"]`), as anyone may have sent them; find_source: called for the
-    source, once the request is sound.
-    """
+    source, once the request is sound."""
     try:
         return look_up(words, find_source)
     except Reply as reply:
@@ -615,6 +604,7 @@ if __name__ == "__main__":
     given = begin(sys.argv[1:])
 
 # ========================================================================= part two: all the rest
+import contextlib
 import errno
 import fcntl
 import grp
@@ -651,11 +641,17 @@ DRIVERS = {"mysql": ("pymysql", "MySQLdb", "mysql.connector"),
            "postgresql": ("psycopg", "psycopg2")}
 READ_ONLY = {"mysql": "SET SESSION TRANSACTION READ ONLY",
              "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"}
-INDEXED = {  # the first column of each index
+INDEXED = {  # SQL for the first column of each index; * for a view, which has none
+    "sqlite": "SELECT info.name FROM pragma_index_list('agent') AS list, pragma_index_info("
+              "list.name) AS info WHERE seqno = 0 AND NOT partial UNION SELECT name FROM "
+              "pragma_table_info('agent') WHERE pk = 1 UNION SELECT '*' FROM sqlite_master "
+              "WHERE name = 'agent' AND type = 'view'",
     "mysql": "SELECT column_name FROM information_schema.statistics WHERE table_name = 'agent' "
-             "AND table_schema = database() AND seq_in_index = 1",
-    "postgresql": "SELECT attname FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND "
-                  "attnum = indkey[0] WHERE indrelid = 'agent'::regclass"}
+             "AND table_schema = database() AND seq_in_index = 1 UNION SELECT '*' FROM "
+             "information_schema.views WHERE table_name = 'agent' AND table_schema = database()",
+    "postgresql": "SELECT CAST(attname AS TEXT) FROM pg_index JOIN pg_attribute ON attrelid = "
+                  "indrelid AND attnum = indkey[0] WHERE indrelid = 'agent'::regclass UNION SELECT "
+                  "'*' FROM pg_class WHERE oid = 'agent'::regclass AND relkind = 'v'"}
 URL = re.compile(r"(mysql|postgresql)://(?:([^:@/?#]*)@)?(\[[^]@/?#]*\]|[^:@/?#]*)"
                  r"(?::([0-9]{1,5}))?(?:/([^@/?#]*))?(?:\?([^@#]*))?\Z")  # no place for a password
 
@@ -1083,8 +1079,8 @@ TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NUL
     ip VARCHAR(64) NOT NULL, agent_key VARCHAR(128) NOT NULL)"""
 INDEX = "CREATE INDEX agent_%s ON agent (%s)"
 TWICE = """SELECT agent.rowid, id, first FROM (SELECT {0} AS value, min(rowid) AS first FROM agent
-    WHERE {0} <> 'any' GROUP BY {0} HAVING count(*) > 1) CROSS JOIN agent ON agent.{0} = value
-    WHERE agent.rowid > first"""
+    WHERE {0} NOT IN ('', '{1}') GROUP BY {0} HAVING count(*) > 1) CROSS JOIN agent ON
+    agent.{0} = value WHERE agent.rowid > first"""
 FINDINGS = 100              # that are told one by one
 
 class Report:
@@ -1102,11 +1098,11 @@ class Report:
             if not self.as_json:
                 say(self.stream, text if level == "info" else "%s: %s" % (level, text))
 
-    def end(self):
+    def end(self, summary=""):
         """The last lines, or all as JSON."""
         more = self.count["error"] + self.count["note"] - FINDINGS
-        if more > 0:
-            self.tell("info", "... and %d more" % more)
+        for text in ["... and %d more" % more] * (more > 0) + [summary] * bool(summary):
+            self.tell("info", text)
         if self.as_json:
             say(self.stream, to_json({"agents": self.agents, "errors": self.count["error"],
                                       "notes": self.count["note"], "findings": self.findings}))
@@ -1118,9 +1114,10 @@ class Report:
             self.due = time.monotonic() + 0.2
         return 0
 
-    def records(self, source, notes_on=None):
+    def records(self, source, notes_on=None, broken=False):
         """Iterator of (line or row number, record) of the sound agents of a source; of the others
-        it tells what is wrong. notes_on: function that gives what else to tell of a sound one."""
+        it tells what is wrong, and gives them without that if `broken`. notes_on: function that
+        gives what else to tell of a sound one."""
         source.deadline = time.monotonic() + 86400  # for all of them
         for number, row in source.rows():
             self.agents += 1
@@ -1131,23 +1128,25 @@ class Report:
                 where = "%s %d: %s: " % (source.unit, number, agent_of(record))
                 for level, text in [("error", fault) for fault in faults] or notes_on(row, record):
                     self.tell(level, where + text)
-            if not faults:
+            for fault in faults:
+                record[fault.split()[0]] = ""
+            if broken or not faults:
                 yield number, record
 
     def copy(self, source, store, notes_on=None):
-        """Copy the sound agents of a source into a new SQLite database, and tell of those who have
-        the id, the name or the address of an earlier one."""
+        """Copy the agents of a source into a new SQLite database, and tell of those who have the
+        id, the name or the address of an earlier one."""
         store.set_progress_handler(self.progress, 100000)
         store.execute("BEGIN")
         store.execute(TABLE)
         store.executemany(
             "INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)",
-            ((number, *record.values()) for number, record in self.records(source, notes_on)))
+            ((number, *record.values()) for number, record in self.records(source, notes_on, True)))
         for field in ("id", "name", "ip"):
             store.execute(INDEX % (field, field))
-            for number, agent, first in store.execute(TWICE.format(field)):
-                self.tell("error", "%s %d: agent %s: %s is already that of %s %d" % (
-                    source.unit, number, agent, field, source.unit, first))
+            for number, agent, first in store.execute(TWICE.format(field, "any" * (field == "ip"))):
+                self.tell("error", "%s %d: %s: %s is already that of %s %d" % (
+                    source.unit, number, agent_of({"id": agent}), field, source.unit, first))
         store.execute("COMMIT")
 
 def counted(number, what):
@@ -1161,7 +1160,7 @@ def whole(lines, before):
     for line in filter(None, lines):
         number += 1
         yield line
-    if line[-1:] not in ("\r", "\n"):
+    if line and line[-1] not in "\r\n":
         raise Trouble("line %d has no end; if it is whole, end it with a newline" % number)
 
 def refuse_to_replace(path):
@@ -1176,10 +1175,13 @@ def refuse_to_replace(path):
         with open(path, "rb") as file:
             made = file.read(72)[68:] == struct.pack(">I", APPLICATION_ID)
         try:
-            store = sqlite3.connect("file:%s?immutable=1" % quote(path), uri=True)
-            tables = store.execute("SELECT tbl_name FROM sqlite_master").fetchall()
-            store.execute("SELECT count(*) FROM agent").fetchone()
-            what = "" if made and set(tables) == {("agent",)} else "a database of somebody's own"
+            uri = "file:%s?immutable=1" % quote(os.fsencode(path))
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as store:
+                tables = store.execute("SELECT DISTINCT tbl_name FROM sqlite_master").fetchall()
+                if not made or tables != [("agent",)]:
+                    what = "a database of somebody's own"
+                else:
+                    store.execute("SELECT count(*) FROM agent").fetchone()
         except sqlite3.Error:
             what = "no SQLite database, or a damaged one"
     if what:
@@ -1195,36 +1197,35 @@ def claim(path):
         except BlockingIOError:
             break
         status = os.fstat(lock)
-        if (status.st_uid, status.st_nlink, status.st_size, status.st_mode) == (
-                os.geteuid(), 1, 0, 0o100600) and os.stat(path).st_ino == status.st_ino:
+        is_there = os.path.exists(path) and os.stat(path).st_ino == status.st_ino
+        if is_there and (status.st_uid, status.st_nlink, status.st_size, status.st_mode) == (
+                os.geteuid(), 1, 0, 0o100600):
             return lock
+        if not is_there:  # another import has just ended
+            os.close(lock)
+            continue
         os.unlink(path)
         os.close(lock)
     raise Trouble("another import builds %s: try again when it has ended" % path)
 
 def import_agents(options, name):
     """Make `--db` hold what `--import` names, or leave it as it is and raise Reply or Trouble."""
-    path, origin, report = os.path.realpath(name), options["--import"], Report(2)
-    beside, folder = path + ".import", os.path.dirname(path)
-    for number in (SIGINT, SIGTERM):
-        signal(number, signals.default_int_handler)
+    path, origin, report, lock = os.path.realpath(name), options["--import"], Report(2), None
+    beside, folder, ends = path + ".import", os.path.dirname(path), (SIGINT, SIGTERM)
     if is_url(name) or is_script(name):
         raise Trouble("--import makes an SQLite file, and --db %s is none" % name)
     if name == STORE and not os.path.isdir(folder):
         os.mkdir(folder, 0o700)
-    refuse_to_replace(path)
-    lock = claim(beside)
     try:
+        for number in ends:
+            signal(number, signals.default_int_handler)
+        refuse_to_replace(path)
+        pthread_sigmask(SIG_BLOCK, ends)
+        lock = claim(beside)
+        pthread_sigmask(SIG_UNBLOCK, ends)
         source = open_text(open(0, "rb", closefd=False), "standard input", whole) if (
             origin == "-") else open_source(origin, number_of(options, "--timeout", SECONDS), whole)
-        store = sqlite3.connect(beside, isolation_level=None)
-        store.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA "
-                            "cache_size = -30000; PRAGMA application_id = %d" % APPLICATION_ID)
-        report.copy(source, store)
-        store.close()
-        report.end()
-        if report.count["error"]:
-            raise Trouble(counted(report.count["error"], "fault"))
+        build_store(beside, source, report)
         if origin == "-" and not report.agents:  # who writes it may have died
             raise Trouble("no agent there")
         os.fsync(lock)
@@ -1232,11 +1233,12 @@ def import_agents(options, name):
             os.chown(beside, os.stat(path).st_uid, os.stat(path).st_gid)
             os.chmod(beside, os.stat(path).st_mode & 0o777)
         refuse_to_replace(path)  # time has passed
-        for number in (SIGINT, SIGTERM):
-            signal(number, SIG_IGN)
+        pthread_sigmask(SIG_BLOCK, ends)
         os.rename(beside, path)
     except (Reply, Trouble, OSError, sqlite3.Error, KeyboardInterrupt) as problem:
-        os.unlink(beside)
+        pthread_sigmask(SIG_BLOCK, ends)
+        if lock is not None:
+            os.unlink(beside)
         reason = "interrupted" if str(problem) in ("", "interrupted") else message_of(problem)
         raise Trouble("%s: %s, nothing imported, %s is as it was" % (
             "standard input" if origin == "-" else origin, reason, path)) from None
@@ -1244,15 +1246,27 @@ def import_agents(options, name):
     if report.terminal or "-v" in options:
         say(2, "%s imported into %s" % (counted(report.agents, "agent"), path))
 
+def build_store(path, source, report):
+    """Copy all the agents of a source into an empty file; raises Trouble if one is faulty."""
+    store = sqlite3.connect(path, isolation_level=None)
+    store.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = "
+                        "-30000; PRAGMA application_id = %d" % APPLICATION_ID)
+    report.copy(source, store)
+    store.close()
+    report.end()
+    if report.count["error"]:
+        raise Trouble(counted(report.count["error"], "fault"))
+
 def notes_on(row, record):
     """What a person should know of an agent that breaks no rule: list of (level, text)."""
     found = []
     for field, stored in (("id", row[0]), ("ip", row[2])):
-        spelled = stored.zfill(3) if field == "id" and isinstance(stored, str) else stored
-        if isinstance(stored, bytes) or spelled and isinstance(stored, str) and (
-                spelled != record[field]):
+        right = record[field]
+        if right in ("any", stored) or not isinstance(stored, (str, bytes)):
+            continue
+        if stored not in parse_request([field, right.partition("/")[0]])[1]:
             found.append(("error", "no request finds its %s as it is stored: %s is right, and "
-                          "--import would mend it" % (field, record[field])))
+                          "--import would mend it" % (field, right)))
     found += [("note", field + " has 128 characters; the manager reads 127 back")
               for field in ("name", "key") if len(record[field]) == 128]
     if record["name"] == os.uname().nodename:
@@ -1261,14 +1275,8 @@ def notes_on(row, record):
 
 def missing_indexes(source):
     """The fields that requests look in and that have no index; none for a view."""
-    if isinstance(source, Database):
-        indexed = [text_of(row[0]) for row in source.query(INDEXED[source.scheme])]
-    elif list(source.query("SELECT 1 FROM sqlite_master WHERE name = 'agent' AND type = 'view'")):
-        return []
-    else:
-        indexed = [field for field in ("id", "ip") if "SCAN" not in str(list(
-            source.query("EXPLAIN QUERY PLAN " + query_for(field, "''", 1))))]
-    return [field for field in ("id", "ip") if field not in indexed]
+    indexed = {text_of(row[0]) for row in source.query(INDEXED[source.scheme])}
+    return [field for field in ("id", "ip") if not {field, "*"} & indexed]
 
 def check_source(name, seconds, report):
     """Tell what a person wants to know before trusting a source."""
@@ -1315,9 +1323,10 @@ def verdict_of(output, status):
     try:
         reply, _ = json.JSONDecoder().raw_decode(output.decode("latin-1").lstrip())
         number, message = reply["error"], reply.get("message", "")
-    except (ValueError, TypeError, KeyError):
-        return False, ("gave text before the JSON: the manager loses the answer" if b"{" in output
-                       else "gave text that is no JSON" if output else "gave no answer")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        if b"{" in output and not output.lstrip().startswith(b"{"):
+            return False, "gave text before the JSON: the manager loses the answer"
+        return False, "gave text that is no JSON answer" if output else "gave no answer"
     if number == 4 and type(number) is int:
         return True, "gave a sound answer (there is no agent %s)" % NOBODY
     return False, "gave error %s, %s" % (number, message)
@@ -1488,17 +1497,18 @@ def enroll(options, name):
 def check(options, name):
     """Report on a source, the server with --socket, the manager with --manager: the exit status."""
     report, seconds = Report(1, "--json" in options), number_of(options, "--timeout", SECONDS)
-    try:
-        check_source(name, seconds, report)
-        if "--socket" in options:
-            attempt(report, "server", check_server, options["--socket"], seconds)
-        if "--manager" in options:
-            Manager(options).check(name, report)
-    except (Reply, OSError, sqlite3.Error) as problem:
-        report.tell("error", message_of(problem))
-    report.tell("info", "%s, %s, %s" % (counted(report.agents, "agent"), counted(
+    steps = [lambda: check_source(name, seconds, report)]
+    if "--socket" in options:
+        steps.append(lambda: attempt(report, "server", check_server, options["--socket"], seconds))
+    if "--manager" in options:
+        steps.append(lambda: Manager(options).check(name, report))
+    for step in steps:
+        try:
+            step()
+        except (Reply, OSError, sqlite3.Error) as problem:
+            report.tell("error", message_of(problem))
+    report.end("%s, %s, %s" % (counted(report.agents, "agent"), counted(
         report.count["error"], "error"), counted(report.count["note"], "note")))
-    report.end()
     return 1 if report.count["error"] else 0
 
 
@@ -1556,7 +1566,7 @@ def message_of(problem):
         return "%s: %s" % (problem.filename or "standard output", problem.strerror)
     if isinstance(problem, sqlite3.Error):
         return reason_of(problem)
-    return getattr(problem, "message", None) or str(problem)
+    return getattr(problem, "message", None) or str(problem) or "interrupted"
 
 def request(options, words, name):
     """A request to a database, a script or a running server."""
@@ -1594,7 +1604,7 @@ def main(options, words, name):
         status, message = 2, "%s (see --help)" % mistake
         if not os.isatty(2):
             tell_syslog(True, message)
-    except (Reply, Trouble, OSError, sqlite3.Error) as problem:
+    except (Reply, Trouble, OSError, sqlite3.Error, KeyboardInterrupt) as problem:
         message = message_of(problem)
     except Exception as error:
         message = unforeseen(error).message

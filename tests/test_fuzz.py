@@ -133,7 +133,7 @@ LARGE = "n" * 140_000
 def read(content: str, name: str, words: list[str]) -> Any:
     """Ask a text file with this CONTENT."""
     stream = io.BytesIO(content.encode("utf-8", "surrogateescape"))
-    return script.answer(words, lambda: script.open_text(stream, name))
+    return script.answer(words, lambda: script.open_text(stream, name, None))
 
 
 def test_csv() -> None:
@@ -202,7 +202,7 @@ def test_values_in_sqlite() -> None:
     connection = sqlite3.connect(":memory:", isolation_level=None)
     marks = ["?"] * 4
     seen = set()
-    for place, chance in enumerate(cases(25_000, 5)):
+    for place, chance in enumerate(cases(15_000, 5)):
         if place % 500 == 0:
             connection.execute("DROP TABLE IF EXISTS agent")
             connection.execute(f"CREATE TABLE agent ({chance.choice(schemas)})")
@@ -270,7 +270,7 @@ def test_sql_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(script, "open", lambda *_, **__: io.StringIO(text), raising=False)
     monkeypatch.setattr(script, "check_file", lambda name: name)
     seen = set()
-    for chance in cases(10_000, 6):
+    for chance in cases(8_000, 6):
         text = chance.choice(SCRIPTS)
         text = mutate(chance, text, SQL) if chance.random() < 0.9 else text
         words = chance.choice(REQUESTS)
@@ -308,7 +308,7 @@ def test_bytes_at_the_socket() -> None:
     """One answer to each who said anything, in one piece, and no key in the log."""
     logged: list[str] = []
     log = SimpleNamespace(verbose=False, write=lambda _error, text: logged.append(text))
-    server = SimpleNamespace(log=log, find_source=Table, close_source=None, patience=1.0)
+    server = SimpleNamespace(log=log, find_source=Table, name="memory", patience=1.0)
     seen = set()
     for chance in cases(100_000, 7):
         words = f"{chance.choice(OPTIONS[:12])}:{chance.choice(VALUES[:-1])}"
@@ -390,7 +390,7 @@ def test_configurations_of_managers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     tried: list[str] = []
     monkeypatch.setattr(script, "open", open_file, raising=False)
-    monkeypatch.setattr(script, "attempt", lambda _report, what, *_: tried.append(what))
+    monkeypatch.setattr(script, "attempt", lambda _report, what, *_: tried.append(what[:6]))
     monkeypatch.setattr(script.Manager, "compare", lambda *_: None)
     manager = script.Manager({"--manager": "/no/such/home"})
     told = set()
@@ -407,5 +407,5 @@ def test_configurations_of_managers(monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError(files) from error
         told |= {finding["text"][:20] for finding in report.findings}
         json.loads(script.to_json(report.findings))
-    assert set(tried) >= {"exec_path", "socket queue/sockets/x", "socket /x"}
+    assert set(tried) == {"exec_p", "socket"}
     assert len(told) > 5

@@ -408,10 +408,15 @@ def add(store: Path, sql: str) -> None:
         database.executescript(sql)
 
 
-def damage(store: Path, size: int) -> None:
-    """Leave the first bytes of a store of many agents."""
+def damage(store: Path, size: int, cut: bool = True) -> None:
+    """Leave the first bytes of a store of many agents, or break those that follow."""
     imported(store, "-", stdin=tabs(records(2000)).encode())
-    os.truncate(store, size)
+    if not cut:
+        with store.open("r+b") as file:
+            file.seek(size)
+            file.write(b"\xff" * (store.stat().st_size - size))
+    else:
+        os.truncate(store, size)
 
 
 def named_pipe(store: Path) -> None:
@@ -455,6 +460,7 @@ IN_THE_WAY: dict[str, tuple[str, Callable[[Path], object]]] = {
     "half of its own": ("damaged", lambda store: damage(store, 40960)),
     "the first page of its own": ("damaged", lambda store: damage(store, 4096)),
     "the head of its own": ("damaged", lambda store: damage(store, 100)),
+    "its own with broken pages": ("damaged", lambda store: damage(store, 4096, cut=False)),
     "garbage": ("damaged", lambda store: store.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)),
     "a client.keys": ("no SQLite database", lambda store: store.write_text("001 a any k\n")),
     "a letter": ("no SQLite database", lambda store: store.write_text("Dear all,\n")),
@@ -784,6 +790,9 @@ def test_what_a_killed_import_left_is_used_again(
 
 STRANGE: dict[str, Callable[[Path, Path], object]] = {
     "a link": lambda place, victim: place.symlink_to(victim),
+    "a link to an empty file": lambda place, victim: (
+        place.symlink_to(victim), victim.write_text("")),
+    "a link to nothing": lambda place, victim: (place.symlink_to(victim), victim.unlink()),
     "a hard link": lambda place, victim: place.hardlink_to(victim),
     "writable": lambda place, victim: (place.touch(), place.chmod(0o666)),
     "somebody's": lambda place, victim: (place.touch(0o600), os.chown(place, 65534, 65534)),
@@ -803,8 +812,9 @@ def test_somebody_elses_file_does_not_become_the_store(
     victim.write_text("precious")
     victim.chmod(0o600)
     STRANGE[what](place, victim)
+    before = victim.exists() and victim.read_text()
     said = forked("--db", old_store, "--import", stores.csv(GOOD))
-    assert victim.read_text() == "precious"
+    assert (victim.exists() and victim.read_text()) == before and not old_store.is_symlink()
     if said.status == 0:
         assert rows(old_store) == GOOD and beside(old_store) == set()
         status = old_store.stat()

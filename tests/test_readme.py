@@ -30,7 +30,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
 FLAT = " ".join(re.sub(r"(?ms)^```.*?^```$", "", README).split())  # without blocks, unwrapped
 PROGRAM = "/usr/local/bin/agent_key_request.py"
-PATHS = re.compile(r"(?<![\w./-])/(?=(?:usr/local/bin|var|run|etc/agent)\b)")
+PATHS = re.compile(r"(?<![\w./-])/(?=usr/local/bin/|var/|run/|etc/agent)")
 LIMIT = 60.0  # seconds for one command
 
 # Each block, by its language and what no other of them has; together they are all (the last test).
@@ -39,7 +39,7 @@ INSTALL, FIRST_STEPS = ("sh", "make install"), ("sh", "--enroll")
 NEW, OLD = ("xml", "<key_request>"), ("xml", "<wodle")
 MANAGER, DIAGRAM = ("sh", "--check --manager"), ("mermaid", "")
 SERVE, ENABLE = ("sh", "--serve"), ("sh", "systemctl")
-SQL, GROWTH = ("sql", ""), ("text", "1,000,000 agents")
+SQL, OPTION_FILE, GROWTH = ("sql", ""), ("ini", "[client]"), ("text", "1,000,000 agents")
 UNITS = dict(re.findall(r"(?ms)`/etc/systemd/system/([^`]+)`[^\n]*\n```ini\n(.*?)^```$", README))
 
 
@@ -240,7 +240,7 @@ def test_a_request_writes_nothing_and_connects_nowhere(host: Host, source: str) 
     """Python tells of what it opens; SQLite opens its file itself, and that stays as it was."""
     place = host.path(script.STORE).parent if source == "agents.db" else host.copy
     before = {entry.name: entry.stat() for entry in os.scandir(place)}
-    python = [interpreters()[0].path, "-ISc", HOOK, str(host.copy / SCRIPT.name)]
+    python = [sys.executable, "-BISc", HOOK, str(host.copy / SCRIPT.name)]
     done = subprocess.run([*python, "--db", str(place / source), "id", "001"], check=False,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert (done.stdout, done.stderr) == (block(PRINTED).splitlines(keepends=True)[1], "")
@@ -338,25 +338,36 @@ def test_units_are_sound(units: Path) -> None:
                 shutil.rmtree(folder)
 
 
-NETWORK = "agent-key-request.service.d/network.conf"  # in the README in words
+def edited(folder: Path, *words: str) -> set[str]:
+    """Write the drop-ins that the README gives in words and that have these; the names of all."""
+    units = set()
+    for name, section, *lines in re.findall(
+            r"systemctl edit ([\w.-]+)` and give it `(\[Service\])`, `([^`]*)` and `([^`]*)`", FLAT):
+        units.add(name)
+        if any(word in line for word in words for line in lines):
+            (folder / (name + ".d")).mkdir()
+            (folder / (name + ".d") / "override.conf").write_text("\n".join([section, *lines, ""]))
+    return units
 
 
 @pytest.mark.parametrize(
-    ("unit", "network", "exposure"),
-    [("agent-key-request", False, 15), ("agent-key-request", True, 25),
-     ("agent-key-import", True, 25)],
+    ("unit", "edit", "closed", "exposure"),
+    [("agent-key-request", [], True, 15), ("agent-key-request", ["PrivateNetwork"], False, 25),
+     ("agent-key-import", [], False, 25), ("agent-key-import", ["--enroll"], False, 25)],
 )  # fmt: skip
-def test_services_are_hardened(units: Path, unit: str, network: bool, exposure: int) -> None:
+def test_services_are_hardened(
+    units: Path, unit: str, edit: list[str], closed: bool, exposure: int
+) -> None:
     """In tenths of what systemd-analyze gives, from 0 to 100; the network costs some."""
-    (section, *settings) = re.findall(r"give it `(\[Service\])`, `([^`]*)` and `([^`]*)`", FLAT)[0]
-    if network:
-        (units / NETWORK).parent.mkdir()
-        (units / NETWORK).write_text("\n".join([section, *settings, ""]))
+    unit += ".service"
+    assert edited(units, *edit) == {"agent-key-request.service", "agent-key-import.service"}
+    assert (units / (unit + ".d")).exists() is bool(edit)
+    analyze(units, "verify", "--man=no", str(units / unit))
     report = analyze(units, "security", "--offline=true", f"--threshold={exposure}",
-                     str(units / (unit + ".service")))  # fmt: skip
-    closed = set(re.findall(r"✓\s+(\w+)", report))
-    assert "MemoryDenyWriteExecute" in closed, report
-    assert ("PrivateNetwork" in closed) is not network, report
+                     str(units / unit))  # fmt: skip
+    found = set(re.findall(r"✓\s+(\w+)", report))
+    assert "MemoryDenyWriteExecute" in found, report
+    assert ("PrivateNetwork" in found) is closed, report
 
 
 def test_units_are_enabled() -> None:
@@ -370,7 +381,7 @@ def test_units_are_enabled() -> None:
 
 def test_units_start_what_the_script_takes() -> None:
     """Their options go with each other, and each service has the full path."""
-    commands = [line for text in UNITS.values() for line in re.findall("ExecStart=(.*)", text)]
+    commands = re.findall("(?m)ExecStart=([^`\n]*)", README)
     assert len(commands) == 3
     for command in commands:
         program, *words = shlex.split(command)
@@ -397,6 +408,8 @@ def test_database(host: Host, scheme: str) -> None:
     if not any(database_servers.has_driver(python, name) for name in script.DRIVERS[scheme]):
         pytest.skip(f"{python} has no driver for {scheme}")
     server, is_mysql = database_servers.running(scheme), scheme == "mysql"
+    if not server.has_tls:
+        pytest.skip("no openssl here")
 
     def here(text: str) -> str:
         """The text with this server, and a user that other tests do not have."""
@@ -404,17 +417,19 @@ def test_database(host: Host, scheme: str) -> None:
             "agent_reader", "readme_reader")  # fmt: skip
 
     (statements,) = [block(SQL)] if is_mysql else re.findall("`(CREATE ROLE[^`]*)`", FLAT)
-    server.load(host.agents)
     if not is_mysql:  # every role may, where no test has made the schema anew
         statements += "GRANT USAGE ON SCHEMA public TO agent_reader;"
+    server.load(host.agents)
     server.sql(here(statements))
     try:
-        for path, lines in re.findall(r"`(/etc/agent-keys\.\w+)` has ([^;]*`)", FLAT):
-            secret = host.path(path)
-            secret.write_text(here("\n".join([*re.findall("`([^`]*)`", lines), ""])))
-            secret.chmod(0o600)
+        (line,) = re.findall(r"`/etc/agent-keys\.pgpass` has one line, `([^`]*)`", FLAT)
+        for path, text in ("cnf", block(OPTION_FILE)), ("pgpass", line + "\n"):
+            host.path("/etc/agent-keys." + path).write_text(host.map(here(text)))
+            host.path("/etc/agent-keys." + path).chmod(0o600)
+        shutil.copy(server.folder + "/ca.pem", host.path("/etc/agent-keys.pem"))
         (url,) = re.findall(rf"`--db ({scheme}://[^`]*)`", FLAT)
-        said = host.sh(f"{PROGRAM} --db '{here(url)}' id 001")
+        (tls,) = re.findall(r"`(&sslmode[^`]*)`", FLAT)
+        said = host.sh(f"{PROGRAM} --db '{here(url)}{'' if is_mysql else tls}' id 001")
         assert said == block(PRINTED).splitlines(keepends=True)[1]
         if is_mysql:
             (command,) = re.findall("ExecStart=(.*mysql.*)", UNITS["agent-key-import.service"])
@@ -443,7 +458,7 @@ def test_links_lead_somewhere() -> None:
 def test_every_block_is_in_a_test() -> None:
     """None stands there untried, but for the diagram and the plot, and no figure is missing."""
     keys = [RUN, PRINTED, INSTALL, FIRST_STEPS, NEW, OLD, MANAGER, DIAGRAM, SERVE, ENABLE, SQL,
-            GROWTH]  # fmt: skip
+            OPTION_FILE, GROWTH]  # fmt: skip
     assert len(set(map(block, keys)) | set(UNITS.values())) == len(BLOCKS)
     assert "<<" not in README
     assert len(README.splitlines()) <= 320

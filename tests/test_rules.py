@@ -697,7 +697,7 @@ WHOLE = "install the whole of python3 (Debian: the package python3)"
 FAILURES: list[tuple[BaseException, int, str]] = [
     (FileNotFoundError(2, "No such file or directory", "/a.db"), 2, "/a.db: No such file or dir"),
     (PermissionError(13, "Permission denied", "/a.db"), 2, "/a.db: Permission denied"),
-    (OSError(5, "Input/output error"), 2, "reading it: Input/output error"),
+    (OSError(5, "Input/output error"), 2, "a.db: Input/output error"),
     (ModuleNotFoundError("No module", name="_csv"), 2, f" has no module _csv: {WHOLE}"),
     (ModuleNotFoundError("No module", name="_sqlite3"), 2, f" has no module _sqlite3: {WHOLE}"),
     (script.Reply(2, "/a.db: said there"), 2, "/a.db: said there"),
@@ -707,7 +707,7 @@ FAILURES: list[tuple[BaseException, int, str]] = [
 
 @pytest.mark.parametrize(("error", "number", "detail"), FAILURES, ids=repr)
 def test_a_source_that_fails(error: BaseException, number: int, detail: str) -> None:
-    line = check_line(script.answer(["id", "001"], raising(error)).line())
+    line = check_line(script.answer(["id", "001"], raising(error), "a.db").line())
     assert line["error"] == number
     assert line["message"].startswith(READ) == (number == 2)
     assert detail in line["message"]
