@@ -46,9 +46,8 @@ socket. One JSON object goes to standard output, nothing to standard error, and 
 whatever happens, because the manager throws the output of any other status away (README.md).
 '''
 # ============================================================================ part one: a request
-# It ends a request by argv whose source is a file; nothing below it runs then. Starting is what
-# costs, so it has the bare modules: in instructions, `os` is 5 M more than `posix`, `signal` 19 M
-# more than `_signal`, `socket` 30 M more than `_socket`, `sqlite3` 5 M more than `_sqlite3`.
+# It ends a request by argv whose source is a file. Starting is what costs, so it has bare modules:
+# `os` is 5 M instructions more than `posix`, `signal` 19 M, `socket` 30 M, `sqlite3` 5 M.
 import posix
 import sys
 
@@ -66,8 +65,8 @@ from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 VERSION = "2.0.0"
 STORE = "/var/lib/agent-key-request/agents.db"  # without --db and $AGENT_KEY_DB
 NAME = "agent_key_request"  # before each line for people
-SECONDS = 10.0              # for one request; the manager's own patience is 60 s
-MESSAGE_LENGTH = 500        # characters; the manager reads 65,536 bytes, once
+SECONDS = 10.0  # for one request; the manager's own patience is 60 s
+MESSAGE_LENGTH = 500  # characters; the manager reads 65,536 bytes, once
 MESSAGES = {  # of an answer, by its error number; what ends with a space or colon takes a detail
     0: "key handed out: ", 1: "Too few arguments", 2: "Cannot read key source: ",
     3: "Bad arguments given", 4: "No agent key found", 5: "Found more than one match for required ",
@@ -82,8 +81,7 @@ RULES = {  # what a field must be, in words; judge() has them in code
     "name": "name must be 1 to 128 of A-Z a-z 0-9 - _ . and not start with a dot",
     "ip": "ip must be any, an address or a network (address/prefix) that the manager takes",
     "key": "key must be 1 to 128 printable ASCII characters"}
-MISSING = "\0"  # a field that its line does not have: breaks every rule
-BLANK = ("", "", "", "")
+MISSING, BLANK = "\0", ("", "", "", "")  # a field that is not there breaks every rule; no agent
 
 SQLITE_SAYS = ("database disk image is malformed", "disk I/O error",
                "file is not a database", "unable to open database file", "database or disk is full",
@@ -414,17 +412,13 @@ def delimited(lines, name, header, delimiter, places):
     from operator import itemgetter
     tabs, pick, width = delimiter == "\t", itemgetter(*places), max(places) + 1
     csv.field_size_limit(sys.maxsize)  # somebody else's long field must not end the reading
-
-    def without_nul(line):  # which csv takes from 3.11 on only
-        if "\0" in line:
-            raise csv.Error
-        return line
-    reader = csv.reader(map(without_nul, lines), delimiter=delimiter, strict=True,
+    reader = csv.reader(lines, delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
     number = 0
     try:
         for fields in reader:
-            if reader.line_num != number + 1:  # a quote swallowed the agents after it
+            # A quote swallowed the agents after it; or a NUL, which csv takes from 3.11 on only.
+            if reader.line_num != number + 1 or "\0" in "".join(fields):
                 raise csv.Error
             number += 1
             row = pick(fields if len(fields) >= width else fields + [MISSING] * width)
@@ -453,12 +447,12 @@ def open_text(stream, name, whole):
     first, delimiter, is_csv = head[-1].strip("\r\n"), "", False
     for delimiter in ",;\t":
         try:
-            header = next(csv.reader([first], delimiter=delimiter), [])
+            columns = next(csv.reader([first.lower()], delimiter=delimiter), [])
         except csv.Error:
-            header = []
-        columns = [column.strip(" ").lower() for column in header]
-        is_csv = "id" in columns and len(columns) > 1
-        if is_csv:
+            columns = []
+        columns = [column.strip(" ") for column in columns]
+        if "id" in columns and len(columns) > 1:
+            is_csv = True
             break
     lines = TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n")
     whole = whole or (lambda lines, _: lines)
@@ -1012,13 +1006,13 @@ class Server(socketserver.UnixStreamServer):
     def stop(self):
         """End the workers, once they have answered all who have connected."""
         self.ending, end = True, time.monotonic() + DRAIN
-        self.log.write(False, "stopping")
         notify(b"STOPPING=1")
         kept = not self.path and "INVOCATION_ID" in os.environ  # by systemd, with all in its queue
         if self.path and os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode:
             os.unlink(self.path)
         if not kept:
             self.socket.shutdown(socket.SHUT_RD)  # nobody more connects
+        self.log.write(False, "stopping")
         for process in self.workers:
             os.kill(process, RETIRE if kept else LOOK)
         while self.workers and time.monotonic() < end:
@@ -1092,9 +1086,12 @@ class Report:
 
     def tell(self, level, text):
         """A finding. level: `error` for what makes a request fail, `note`, or `info` for none."""
+        finding = {"level": level, "text": text}
+        if finding in self.findings:
+            return  # a source that cannot be read is met more than once
         self.count[level] += 1
         if level == "info" or self.count["error"] + self.count["note"] <= FINDINGS:
-            self.findings.append({"level": level, "text": text})
+            self.findings.append(finding)
             if not self.as_json:
                 say(self.stream, text if level == "info" else "%s: %s" % (level, text))
 

@@ -618,7 +618,7 @@ def test_who_may_not_read_it_is_told_so(home: Home, stranger: Stranger) -> None:
 def test_a_source_that_cannot_be_checked(home: Home, command: Callable[..., Said]) -> None:
     """Is told of, once."""
     said = command("--check", "--manager", home.path, "--db", home.path / "none.db")
-    assert ["none.db" in line for line in said.out + said.err] == [True, False], said
+    assert sum("none.db" in line for line in said.out + said.err) == 1, said
     assert said.out[-1].startswith("0 agents") and said.status == 1
 
 

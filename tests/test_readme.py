@@ -269,7 +269,6 @@ FIGURES = {  # what the README must say, of the script's own constants
     "log": "Errors {}, {}, {}, {}, and whose key".format(*script.FOR_THE_OPERATOR[1:]),
     "version": f"this one ({script.VERSION.rpartition('.')[0]})",
     "Python": f"CPython 3.{SUPPORTED[0]} to 3.{SUPPORTED[-1]}",
-    **{scheme: f"- `{scheme}://`: {names[0]}" for scheme, names in script.DRIVERS.items()},
     **script.RULES,
 }
 
@@ -288,8 +287,8 @@ def test_help_has_the_same_figures() -> None:
 
 def test_drivers_are_tried_in_that_order() -> None:
     for scheme, names in script.DRIVERS.items():
-        (line,) = re.findall(rf"(?m)^- `{scheme}://`: (.*)$", README)
-        assert tuple(re.sub(r" \([^)]*\)", "", line).split(", ")) == names
+        (text,) = re.findall(rf"- `{scheme}://[^`]*` by (.*?)(?= - | What)", FLAT)
+        assert tuple(re.sub(r" \([^)]*\)", "", text).split(", ")) == names
 
 
 def test_answers() -> None:
@@ -341,8 +340,8 @@ def test_units_are_sound(units: Path) -> None:
 def edited(folder: Path, *words: str) -> set[str]:
     """Write the drop-ins that the README gives in words and that have these; the names of all."""
     units = set()
-    for name, section, *lines in re.findall(
-            r"systemctl edit ([\w.-]+)` and give it `(\[Service\])`, `([^`]*)` and `([^`]*)`", FLAT):
+    edit = r"systemctl edit ([\w.-]+)` and give it `(\[Service\])`, `([^`]*)` and `([^`]*)`"
+    for name, section, *lines in re.findall(edit, FLAT):
         units.add(name)
         if any(word in line for word in words for line in lines):
             (folder / (name + ".d")).mkdir()
@@ -427,7 +426,7 @@ def test_database(host: Host, scheme: str) -> None:
             host.path("/etc/agent-keys." + path).write_text(host.map(here(text)))
             host.path("/etc/agent-keys." + path).chmod(0o600)
         shutil.copy(server.folder + "/ca.pem", host.path("/etc/agent-keys.pem"))
-        (url,) = re.findall(rf"`--db ({scheme}://[^`]*)`", FLAT)
+        (url,) = re.findall(rf"`({scheme}://[^`]*)` by", FLAT)
         (tls,) = re.findall(r"`(&sslmode[^`]*)`", FLAT)
         said = host.sh(f"{PROGRAM} --db '{here(url)}{'' if is_mysql else tls}' id 001")
         assert said == block(PRINTED).splitlines(keepends=True)[1]
