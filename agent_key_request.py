@@ -267,7 +267,7 @@ def check_file(name):
         for _ in range(40):  # links: as many as the kernel follows
             folder = path.rpartition("/")[0] + "/" if "/" in path else "./"
             if posix.stat(folder).st_mode & 0o002:
-                problem = "its folder %s is writable by everybody: chmod o-w it" % folder
+                problem = "its folder %s is writable by everybody: move it to another" % folder
             try:
                 link = posix.readlink(path)
             except OSError:
@@ -656,7 +656,8 @@ def parse_url(url):
     options = {"user": unquote(user), "host": unquote(host.strip("[]")), "port": port and int(port),
                "database" if scheme == "mysql" else "dbname": unquote(name)}
     options.update(parse_qsl(query.replace("+", "%2B")))
-    if not match or any("passw" in name or "local_infile" in name for name in options):
+    if not match or ":" in options["user"] or any(
+            "passw" in name.lower() or "local_infile" in name.lower() for name in options):
         raise Reply(2, "a URL is mysql://user@host/database or postgresql://user@host/database, "
                     "special characters percent-encoded, without a password, which `ps` would show:"
                     " it goes into a file, ?read_default_file=FILE (MySQL) or ?passfile=FILE")
@@ -719,15 +720,18 @@ class Database:
             try:
                 return self.execute(sql, values)
             except self.driver.Error:
-                self.connection = None
                 if not kept:
                     raise
+                self.connection = None
             return self.execute(sql, values)  # the connection that was kept had broken
         except Exception as error:
-            self.connection = None
+            connected, self.connection = self.connection, None
             if isinstance(error, Reply) or time.monotonic() > end - 0.1:
                 self.give_up()
-            text = re.sub(r"(['\"`]).*?\1", "...", "".join(str(error).splitlines()[:1]))
+            text = " ".join(max(map(str, error.args), key=len, default="").split())
+            if connected:  # then the database's words could be stored text
+                text = "%s: may the user read a table or view agent(id, name, ip, agent_key)?" % (
+                    type(error).__name__)
             raise Reply(2, "%s: %s" % (self.name, text)) from None
         finally:
             setitimer(ITIMER_REAL, 0)
@@ -1210,7 +1214,7 @@ def import_agents(options, name):
     path, origin, report, lock = os.path.realpath(name), options["--import"], Report(2), None
     beside, folder, ends = path + ".import", os.path.dirname(path), (SIGINT, SIGTERM)
     if is_url(name) or is_script(name):
-        raise Trouble("--import makes an SQLite file, and --db %s is none" % name)
+        raise Trouble("--import makes an SQLite file, and what --db names is none")
     if name == STORE and not os.path.isdir(folder):
         os.mkdir(folder, 0o700)
     try:
@@ -1238,7 +1242,8 @@ def import_agents(options, name):
             os.unlink(beside)
         reason = "interrupted" if str(problem) in ("", "interrupted") else message_of(problem)
         raise Trouble("%s: %s, nothing imported, %s is as it was" % (
-            "standard input" if origin == "-" else origin, reason, path)) from None
+            {"-": "standard input"}.get(origin, "the database" if is_url(origin) else origin),
+            reason, path)) from None
     os.fsync(os.open(folder, os.O_RDONLY))
     if report.terminal or "-v" in options:
         say(2, "%s imported into %s" % (counted(report.agents, "agent"), path))
@@ -1316,7 +1321,8 @@ def read_configuration(text):
 def verdict_of(output, status):
     """What the manager makes of an answer for NOBODY: (whether that is well, what to say of it)."""
     if status:
-        return False, "ended with status %d: the manager throws its output away" % status
+        said = output.decode("latin-1").partition("\n")[0] if output.startswith(NAME.encode()) else ""
+        return False, "ended with status %d: the manager throws the output away %s" % (status, said)
     try:
         reply, _ = json.JSONDecoder().raw_decode(output.decode("latin-1").lstrip())
         number, message = reply["error"], reply.get("message", "")

@@ -31,7 +31,8 @@ PASSWORD = "cOrrect-h0rse"  # must never show up anywhere
 LIMIT = 60.0  # seconds for a start, on a busy machine
 COLUMNS = "id VARCHAR(8), name VARCHAR(255), ip VARCHAR(64), agent_key VARCHAR(255)"
 INDEXES = "CREATE INDEX agent_id ON agent (id); CREATE INDEX agent_ip ON agent (ip);"
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
+prctl = ctypes.CDLL(None).prctl
+PARENT_DEATH_SIGNAL, CHILD_SUBREAPER = 1, 36  # its options
 
 
 # ------------------------------------------------------------------------------------ the watchdog
@@ -58,18 +59,24 @@ def signal_below(pid: int, *numbers: int) -> None:
                 os.kill(process, number)
 
 
+def die_with_parent() -> None:
+    """For preexec_fn: end this process when the thread that has started it ends."""
+    prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+
 def watch(folder: str, commands: list[list[str]], user: dict[str, Any]) -> None:
     """Run the COMMANDS one after the other, the last for as long as the tests want it.
 
     What comes on standard input until its end is `keep` if the folder is to stay.
     """
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # so that nobody below gets lost
-    pid = os.fork()
-    if not pid:
+    prctl(CHILD_SUBREAPER, 1, 0, 0, 0)  # so that nobody below gets lost
+    if not os.fork():
+        die_with_parent()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(folder)
         for command in commands:
-            if subprocess.run(command, check=False, **user).returncode:
+            if subprocess.run(command, preexec_fn=die_with_parent, check=False,
+                              **user).returncode:
                 break
         Path("ended").touch()  # the log has why
         os._exit(0)

@@ -794,6 +794,8 @@ STRANGE: dict[str, Callable[[Path, Path], object]] = {
         place.symlink_to(victim), victim.write_text("")),
     "a link to nothing": lambda place, victim: (place.symlink_to(victim), victim.unlink()),
     "a hard link": lambda place, victim: place.hardlink_to(victim),
+    "a hard link to an empty file": lambda place, victim: (
+        place.hardlink_to(victim), victim.write_text("")),
     "writable": lambda place, victim: (place.touch(), place.chmod(0o666)),
     "somebody's": lambda place, victim: (place.touch(0o600), os.chown(place, 65534, 65534)),
     "a folder": lambda place, victim: place.mkdir(),

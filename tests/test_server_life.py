@@ -14,6 +14,7 @@ import socket
 import stat
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from serving import (
     connect,
     connections,
     fault_of,
+    ids_of,
     key,
     records,
     refused,
@@ -100,7 +102,7 @@ def test_workers_and_the_first_line(
 
 
 def test_mode_and_group(store: Path, tmp_path: Path) -> None:
-    """Whatever the umask, which comes back: a socket is born with its mode."""
+    """Whatever the umask. The socket is born with both, so the process has its own back."""
     other = [group for group in grp.getgrall() if group.gr_gid in os.getgroups()]
     group = (grp.getgrall() if os.geteuid() == 0 else other)[-1]
     for umask, options, mode in (
@@ -113,7 +115,9 @@ def test_mode_and_group(store: Path, tmp_path: Path) -> None:
             assert stat.S_IMODE(status.st_mode) == mode
             assert status.st_gid == (group.gr_gid if "--group" in options else os.getegid())
             assert server.error("id:001") == 0
-            assert f"Umask:\t{umask:04o}" in Path(f"/proc/{server.process.pid}/status").read_text()
+            state = Path(f"/proc/{server.process.pid}/status").read_text()
+            assert f"Umask:\t{umask:04o}\n" in state
+            assert f"Gid:\t{os.getegid()}\t{os.getegid()}\t" in state
 
 
 @pytest.mark.parametrize(
@@ -142,9 +146,15 @@ def test_what_it_does_not_start_with(
     assert not (tmp_path / "s").exists()
 
 
-def make_link(path: Path) -> None:
-    """A link to somebody's file."""
-    path.with_name("precious").write_text("precious")
+def make_socket(path: Path) -> None:
+    """What a dead server leaves."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
+def make_links(path: Path) -> None:
+    """A link to somebody's dead socket."""
+    make_socket(path.with_name("precious"))
     path.symlink_to("precious")
 
 
@@ -155,7 +165,7 @@ def make_link(path: Path) -> None:
         Path.mkdir,
         os.mkfifo,
         lambda path: path.symlink_to("nowhere"),
-        make_link,
+        make_links,
     ],
     ids=["file", "folder", "fifo", "link to nothing", "link"],
 )
@@ -173,13 +183,13 @@ def test_a_path_that_is_no_socket_is_never_removed(
 
 
 def test_a_live_server_is_not_robbed(server: Server, store: Path) -> None:
-    before = server.path.stat()
+    before = server.path.stat().st_ino
     with Load(server.path, REQUESTS, threads=4) as load:
         status, line = refused(store, server.path)
         load.wait(20)
     wanted = f"{server.path}: a server is already running there, process {server.process.pid}"
     assert (status, line) == (1, f"agent_key_request: error: {wanted}")
-    assert server.path.stat() == before
+    assert server.path.stat().st_ino == before
 
 
 def test_another_program_is_not_robbed(store: Path, tmp_path: Path) -> None:
@@ -194,8 +204,7 @@ def test_another_program_is_not_robbed(store: Path, tmp_path: Path) -> None:
 def test_of_six_that_start_at_once_one_serves(store: Path, tmp_path: Path) -> None:
     """There is the socket of a dead one, which each would replace."""
     path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
+    make_socket(path)
     with contextlib.ExitStack() as stack:
         command = serve_command(store, path, "--workers", "1")
         servers = [stack.enter_context(started(command, path)) for _ in range(6)]
@@ -204,6 +213,22 @@ def test_of_six_that_start_at_once_one_serves(store: Path, tmp_path: Path) -> No
         winner.wait_line("ready")
         assert winner.error("id:001") == 0
         assert all("already running" in each.lines[0] for each in servers if each is not winner)
+
+
+def test_a_dead_socket_is_replaced_and_nobody_waits_busily(store: Path, tmp_path: Path) -> None:
+    make_socket(tmp_path / "s")
+    with serving(store, tmp_path / "s", "--workers", "2") as server:
+        assert server.error("id:001") == 0
+        assert_asleep(server)
+
+
+def assert_asleep(server: Server) -> None:
+    """Nobody asks: all its processes sleep, whenever one looks."""
+    states = []
+    for _ in range(20):
+        states += [ids_of(process)[0] for process in (server.process.pid, *server.workers)]
+        time.sleep(0.005)
+    assert states.count("S") > 0.8 * len(states), states
 
 
 # ---------------------------------------------------------------- signals
@@ -397,12 +422,14 @@ def test_a_passed_socket_without_a_source(stores: Stores, listener: socket.socke
     """It starts all the same, or systemd's queue would hang: error 2 until the source is there."""
     source, early = stores.folder / "agents.db", connect(Path(listener.getsockname()))
     early.send(b"id:001")
+    listener.setblocking(False)  # as NonBlocking=yes in its unit would
     with early, activated(listener, serve_command(source, None)) as server:
         assert b'"error": 2' in early.recv(65536)
         assert server.error("id:001") == 2
         assert "No such file" in server.wait_line("error: ")
         stores.sqlite(records(3))
         assert server.key() == key(1)
+        assert_asleep(server)
         server.send(signal.SIGTERM)
         server.end()
         assert server.path.exists()
@@ -560,10 +587,13 @@ def test_a_log_that_nobody_reads_stops_nothing(store: Path, tmp_path: Path, is_o
     ):
         assert b"ready" in pipe.read(1000)
         if is_open:
-            os.set_blocking(writer, False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writer, b"x")
+            # Opened once more: the server's own end stays as it has it.
+            with open(f"/proc/self/fd/{writer}", "wb", buffering=0) as other:
+                os.set_blocking(other.fileno(), False)
+                while other.write(b"x" * 4096):
+                    pass
+                while other.write(b"x"):
+                    pass
         os.close(writer)
         if not is_open:
             pipe.close()

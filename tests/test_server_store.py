@@ -6,6 +6,7 @@ Each agent's key tells the generation of the store that it is from (`serving.key
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import sqlite3
@@ -200,6 +201,9 @@ def test_text_is_read_again_at_a_hang_up_only(stores: Stores, tmp_path: Path, ki
         path.write_text("id;name\n")
         server.send(signal.SIGHUP)
         server.wait_line("line 1" if kind == "sql" else "lacks one of")
+        old = server.workers
+        os.kill(old[0], signal.SIGKILL)
+        until(lambda: len(set(server.workers) - {old[0]}) == 2, "another worker")
         assert {server.key() for _ in range(6)} == {key(1, 1)}
         stores.make(kind, records(AGENTS, 2))
         hang_up(server)

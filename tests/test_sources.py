@@ -211,7 +211,7 @@ def test_a_folder_that_everybody_may_write(
     try:
         for mode in (0o777, 0o1777, 0o702, 0o1772, 0o773):
             stores.folder.chmod(mode)
-            told = f"its folder {stores.folder}/ is writable by everybody: chmod o-w it"
+            told = f"its folder {stores.folder}/ is writable by everybody: move it to another"
             assert serves(inner)
             assert refuses(outer) == told
             assert refuses(third) == told
@@ -220,7 +220,7 @@ def test_a_folder_that_everybody_may_write(
         stores.folder.chmod(0o700)
         for mode in (0o777, 0o1777):
             safe.chmod(mode)
-            assert refuses(outer) == f"its folder {safe}/ is writable by everybody: chmod o-w it"
+            assert refuses(outer) == f"its folder {safe}/ is writable by everybody: move it to another"
             assert refuses(inner)
         for mode in (0o700, 0o750, 0o755, 0o770, 0o775, 0o1775):
             safe.chmod(mode)
