@@ -729,9 +729,9 @@ class Database:
             if isinstance(error, Reply) or time.monotonic() > end - 0.1:
                 self.give_up()
             text = " ".join(max(map(str, error.args), key=len, default="").split())
-            if connected:  # then the database's words could be stored text
-                text = "%s: may the user read a table or view agent(id, name, ip, agent_key)?" % (
-                    type(error).__name__)
+            if connected:  # the database's words could be stored text
+                text = ("it lacks a table or view agent(id, name, ip, agent_key) that the user may "
+                        "read, or cannot read it (%s)" % type(error).__name__)
             raise Reply(2, "%s: %s" % (self.name, text)) from None
         finally:
             setitimer(ITIMER_REAL, 0)
@@ -1319,9 +1319,9 @@ def read_configuration(text):
     return settings
 
 def verdict_of(output, status):
-    """What the manager makes of an answer for NOBODY: (whether that is well, what to say of it)."""
+    """What the manager makes of an answer for NOBODY: (whether that is well, what to say)."""
     if status:
-        said = output.decode("latin-1").partition("\n")[0] if output.startswith(NAME.encode()) else ""
+        said = output.decode("latin-1").partition("\n")[0] * output.startswith(NAME.encode())
         return False, "ended with status %d: the manager throws the output away %s" % (status, said)
     try:
         reply, _ = json.JSONDecoder().raw_decode(output.decode("latin-1").lstrip())
