@@ -720,7 +720,7 @@ class Database:
             try:
                 return self.execute(sql, values)
             except self.driver.Error:
-                if not kept:
+                if not kept or time.monotonic() > end - 0.1:
                     raise
                 self.connection = None
             return self.execute(sql, values)  # the connection that was kept had broken
@@ -730,8 +730,8 @@ class Database:
                 self.give_up()
             text = " ".join(max(map(str, error.args), key=len, default="").split())
             if connected:  # the database's words could be stored text
-                text = ("it lacks a table or view agent(id, name, ip, agent_key) that the user may "
-                        "read, or cannot read it (%s)" % type(error).__name__)
+                text = ("it lacks a table or view agent(id, name, ip, agent_key), or this user the "
+                        "right to read it (%s)" % type(error).__name__)
             raise Reply(2, "%s: %s" % (self.name, text)) from None
         finally:
             setitimer(ITIMER_REAL, 0)

@@ -156,6 +156,9 @@ class Server:
 
     def kill(self) -> None:
         """End all its processes, whatever state they are in."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

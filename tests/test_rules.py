@@ -516,6 +516,8 @@ GOOD: dict[str, list[tuple[Any, str]]] = {
         *((value, "123456") for value in (123456, b"123456", "  123456 ", bytearray(b"123456"))),
         ("k" * 128 + "    ", "k" * 128),
         (2**62, str(2**62)),
+        *((f" {chr(n)}k{chr(n)} ", f"{chr(n)}k{chr(n)}") for n in range(33, 127)),
+        *((b" %ck%c " % (n, n), f"{chr(n)}k{chr(n)}") for n in range(33, 127)),
     ],
 }
 FOREIGN = ["é", "ａ", "٣", "²", "ß", "ı", "\u212a", "\u017f", "\xa0", "\u2003", "\u200b", "\ufeff"]

@@ -94,6 +94,11 @@ def test_a_path_is_no_url(name: str) -> None:
     assert (script.is_url(name), script.is_script(name)) == URLS[name]
 
 
+def test_a_url_leads_to_a_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "Database", lambda name, seconds: (name, seconds))
+    assert script.open_source("mysql://u@h/d", 7.0) == ("mysql://u@h/d", 7.0)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -220,7 +225,8 @@ def test_a_folder_that_everybody_may_write(
         stores.folder.chmod(0o700)
         for mode in (0o777, 0o1777):
             safe.chmod(mode)
-            assert refuses(outer) == f"its folder {safe}/ is writable by everybody: move it to another"
+            told = f"its folder {safe}/ is writable by everybody: move it to another"
+            assert refuses(outer) == told
             assert refuses(inner)
         for mode in (0o700, 0o750, 0o755, 0o770, 0o775, 0o1775):
             safe.chmod(mode)
@@ -656,6 +662,29 @@ def test_a_log_that_is_not_checkpointed(writer: Writer) -> None:
     link = path.parent / "link.db"
     link.symlink_to(path)
     assert look(link, "id", "001")["data"]["name"] == "in-the-log"
+
+
+@pytest.mark.parametrize("state", ["closed", "at work", "no WAL", "may be written"])
+def test_a_database_is_frozen_where_sqlite_could_make_no_files(
+    stores: Stores, writer: Writer, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only there: changes to such a one do not show."""
+    path, connection = writer("DELETE" if state == "no WAL" else "WAL")
+    if state != "at work":
+        connection.close()
+    real, folder = script.posix.access, f"{stores.folder}/"
+
+    def access(name: str, mode: int) -> bool:
+        return real(name, mode) and (mode != os.W_OK or name != folder)
+
+    if state != "may be written":
+        monkeypatch.setattr(script.posix, "access", access)
+    before = sorted(os.listdir(folder))
+    source = script.open_source(str(path), PATIENCE)
+    assert source.frozen == (state == "closed")
+    rows = source.rows()
+    assert tuple(next(rows)[1]) == tuple(Record())
+    assert sorted(os.listdir(folder)) == before or state == "may be written"
 
 
 def test_a_log_whose_writer_was_killed(stores: Stores) -> None:
