@@ -555,7 +555,8 @@ def test_what_is_not_there_is_named(host: Host) -> None:
     server.sql(f"CREATE TABLE agent ({COLUMNS}, more INT)")
     if server.scheme == "mysql":  # its rights outlive the table
         server.sql("REVOKE SELECT ON agent FROM agent_reader")
-    assert needed in host.served.answer("id", "001").message
+    message = host.served.answer("id", "001").message  # or he may not enter the database at all
+    assert needed in message or "denied" in message
     answer = host.ask("id", "001", url=server.url(database="nowhere"))
     assert answer.error == 2 and re.search("denied|exist", answer.message), answer.message
 

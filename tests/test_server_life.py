@@ -540,8 +540,8 @@ def test_the_journal_gets_priorities(troubled: Path, tmp_path: Path) -> None:
             server.wait_line("Cannot")
             os.kill(server.workers[0], signal.SIGKILL)
             server.wait_line("worker ")
-    priorities = [(line[:3], line[3:].partition(" ")[0]) for line in server.lines]
-    assert priorities == [
+            told = [(line[:3], line[3:].partition(" ")[0]) for line in server.lines]
+    assert told == [
         ("<6>", "ready:"),
         ("<6>", "id:001:"),
         ("<3>", "id:900:"),

@@ -670,6 +670,7 @@ def test_a_database_is_frozen_where_sqlite_could_make_no_files(
 ) -> None:
     """And only there: changes to such a one do not show."""
     path, connection = writer("DELETE" if state == "no WAL" else "WAL")
+    connection.execute("UPDATE agent SET id = id")
     if state != "at work":
         connection.close()
     real, folder = script.posix.access, f"{stores.folder}/"
