@@ -208,7 +208,7 @@ def judge(row):
         "name": is_text(name, NAME_LETTERS, 1, 128) and name[0] != ".",
         "ip": ip,
         "key": 1 <= len(key) <= 128 and is_printable(key)}
-    return record, [RULES[field] for field in sound if not sound[field]]
+    return record, [] if all(sound.values()) else [RULES[name] for name in sound if not sound[name]]
 
 def agent_of(record):
     """`agent 001`; an id that is none is not shown: it may be a key in the wrong column."""

@@ -27,7 +27,7 @@ from typing import Any
 
 READER = "agent_reader"  # may SELECT from the table, as the README's GRANT has it
 OWNER = "agent_owner"  # may do anything: the session itself must only read
-PASSWORD = "cOrrect-h0rse"  # must never show up anywhere
+PASSWORD = "c0rrecth0rse"  # must never show up anywhere
 LIMIT = 60.0  # seconds for a start, on a busy machine
 COLUMNS = "id VARCHAR(8), name VARCHAR(255), ip VARCHAR(64), agent_key VARCHAR(255)"
 INDEXES = "CREATE INDEX agent_id ON agent (id); CREATE INDEX agent_ip ON agent (ip);"
@@ -72,6 +72,7 @@ def watch(folder: str, commands: list[list[str]], user: dict[str, Any]) -> None:
     prctl(CHILD_SUBREAPER, 1, 0, 0, 0)  # so that nobody below gets lost
     if not os.fork():
         die_with_parent()
+        signal.signal(signal.SIGQUIT, lambda *_: None)  # it would take the server with it
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(folder)
         for command in commands:

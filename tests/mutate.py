@@ -6,9 +6,8 @@ Broken are comparisons (turned round, and by one at the bound), numbers, texts, 
 `not`, what is returned or yielded, and the arguments of calls. Left out is what is only for people:
 docstrings, the values of the tables in TEXTS, and what looks like a SENTENCE, unless the script
 compares it with something; and `from None`. The shell lines at the top stay as they are.
-Each mutant is tested by the FILEs, usually those that concern its part, until the first failure.
-One that does not compile does not count; one that hangs is killed. The exit status is 1 if fewer
-than 95 % die. It needs Linux, and pytest in the Python that runs it.
+The FILEs test each mutant, usually those that concern its part, until the first failure. One that
+does not compile does not count; one that hangs is killed. Exit status 1: fewer than 95 % died.
 """
 
 import argparse
@@ -24,15 +23,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 SCRIPT = TESTS.parent / "agent_key_request.py"
-ENOUGH, SEED = 95.0, 12
+PYTHON = shutil.which("python3", path=os.defpath) or sys.executable  # one that all users can start
 PARTS = {  # the test files, those first that take least
     "one": ["test_rules.py", "test_sources.py", "test_request.py", "test_host.py"],
     "import": ["test_import.py", "test_check.py"],
@@ -42,13 +42,12 @@ PARTS = {  # the test files, those first that take least
 TITLES = {"the server": "server", "keeping the store": "import", "the manager": "check"}
 OF_CHECK = {"notes_on", "missing_indexes", "check_source"}  # they stand among those of an import
 TEXTS = {"MESSAGES", "RULES", "VALUES", "HELP", "REFUSALS"}
-SENTENCE = re.compile(r"[a-z,'] [a-z%]|%[sd]: ")
-OPERATOR = re.compile(rb"\bnot\s+in\b|\bis\s+not\b|\bin\b|\bis\b|[<>=!]=|[<>]")
+SENTENCE = re.compile(r"[a-z] [a-z%]|%[sd]: ")
+OPERATOR = re.compile(rb"not\s+in\b|is\s+not\b|in\b|is\b|[<>=!]=|[<>]")
 TURNED = {
     "<": (">=", "<="), "<=": (">", "<"), ">": ("<=", ">="), ">=": ("<", ">"), "==": ("!=",),
     "!=": ("==",), "in": ("not in",), "not in": ("in",), "is": ("is not",), "is not": ("is",),
 }  # fmt: skip
-# A change: the bytes from start to end become `new`.
 Mutant = NamedTuple("Mutant", [("line", int), ("start", int), ("end", int), ("new", str)])
 
 
@@ -56,25 +55,22 @@ class Source:
     """The script, and the mutants that can be made of it."""
 
     def __init__(self, content: bytes) -> None:
-        self.content, self.tree, self.starts = content, ast.parse(content), [0]
-        self.lines = content.splitlines(keepends=True)
-        for line in self.lines:
-            self.starts.append(self.starts[-1] + len(line))
+        self.content, self.lines = content, content.splitlines(keepends=True)
+        self.starts = [0, *accumulate(map(len, self.lines))]
 
     def nodes_of(self, part: str) -> Iterator[ast.stmt]:
         """The statements of a part, told by the titles in the script; `begin` ends part one."""
         here, below = "one", 0
-        for node in self.tree.body:
+        for node in ast.parse(self.content).body:
             for title in re.findall(rb"(?m)^# -+ (.+)$", b"".join(self.lines[below : node.lineno])):
                 here = here if here == "one" else TITLES.get(title.decode(), "")
             below = node.end_lineno or 0
             if part == ("check" if getattr(node, "name", "") in OF_CHECK else here):
                 yield node
-            if isinstance(node, ast.If) and "begin(" in ast.unparse(node):
-                here = ""
+            here = "" if isinstance(node, ast.If) and "begin(" in ast.unparse(node) else here
 
     def put(self, node: ast.expr, new: str) -> Mutant:
-        """NEW in the place of a node."""
+        """NEW in the place of a node, of the bytes from start to end."""
         end = self.starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
         return Mutant(node.lineno, self.starts[node.lineno - 1] + node.col_offset, end, new)
 
@@ -82,10 +78,9 @@ class Source:
         """All mutants of a node. spoken: whether a sentence in it is for people."""
         children = list(ast.iter_child_nodes(node))
         if isinstance(node, ast.Compare):
-            spoken, sides = False, [node.left, *node.comparators]
-            for left, right in zip(sides, sides[1:]):
-                between = self.put(left, "").end, self.put(right, "").start
-                match = OPERATOR.search(self.content, *between)
+            spoken = False
+            for left in [node.left, *node.comparators[:-1]]:
+                match = OPERATOR.search(self.content, self.put(left, "").end)
                 for new in TURNED[" ".join(match[0].decode().split())]:
                     yield Mutant(left.end_lineno or 0, *match.span(), new)
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
@@ -94,7 +89,7 @@ class Source:
             yield from self.nothing(getattr(node, "value", None) or getattr(node, "body", None))
         elif isinstance(node, ast.Call):
             spoken = spoken and getattr(node.func, "attr", "") != "startswith"
-            for argument in node.args + [keyword.value for keyword in node.keywords]:
+            for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
                 yield from self.nothing(argument)
         elif isinstance(node, ast.Constant) and not (spoken and SENTENCE.search(str(node.value))):
             yield self.put(node, other_than(node.value))
@@ -111,17 +106,13 @@ class Source:
 
     def nothing(self, value: ast.expr | None) -> Iterator[Mutant]:
         """None in the place of a value, unless it is broken as a constant anyway."""
-        if isinstance(value, ast.GeneratorExp):  # its place includes the parentheses of the call
-            yield self.put(value, "(None)")
-        elif value is not None and not isinstance(value, ast.Constant):
-            yield self.put(value, "*()" if isinstance(value, ast.Starred) else "None")
+        new = {ast.GeneratorExp: "(None)", ast.Starred: "*()"}.get(type(value), "None")
+        if value is not None and not isinstance(value, ast.Constant):
+            yield self.put(value, new)
 
     def apply(self, each: Mutant) -> bytes:
-        """The script with a mutant in it; nothing if it does not compile."""
-        content = self.content[: each.start] + each.new.encode() + self.content[each.end :]
-        with contextlib.suppress(SyntaxError):
-            return compile(content, SCRIPT.name, "exec") and content
-        return b""
+        """The script with a mutant in it."""
+        return self.content[: each.start] + each.new.encode() + self.content[each.end :]
 
 
 def other_than(value: object) -> str:
@@ -132,20 +123,23 @@ def other_than(value: object) -> str:
     return repr(not value if isinstance(value, bool) else (value or 0) + 1)
 
 
-def test(folder: Path, content: bytes, files: list[Path], patience: float) -> tuple[int, str]:
+def test(folder: Path, content: bytes, files: list[Path], patience: float) -> tuple[Any, str]:
     """Test a script: pytest's exit status, 0 if it survives, and which test failed first."""
+    try:
+        compile(content, SCRIPT.name, "exec")
+    except SyntaxError:
+        return None, "does not compile"
     script = folder / "s" / SCRIPT.name
     script.parent.mkdir(parents=True)
     script.write_bytes(content)
     script.chmod(0o755)
-    kept = {name: value for name, value in os.environ.items() if name[:9] != "AGENT_KEY"}
-    pythons = os.environ.get("AGENT_KEY_PYTHONS") or shutil.which("python3") or sys.executable
-    kept.update(AGENT_KEY_PYTHONS=pythons.split()[0], AGENT_KEY_SCRIPT=str(script))
+    environment = {**os.environ, "TMPDIR": str(folder), "AGENT_KEY_SCRIPT": str(script)}
+    environment["AGENT_KEY_PYTHONS"] = os.environ.get("AGENT_KEY_PYTHONS", PYTHON).split()[0]
     command = [sys.executable, "-m", "pytest", "-xq", "-m", "not slow", "-p", "no:cacheprovider"]
-    command += [f"--basetemp={folder}/p", *map(str, files)]
-    with open(folder / "said", "w+", errors="replace") as said:
-        how = {"cwd": folder, "env": {**kept, "TMPDIR": str(folder)}, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen(command, stdout=said, stderr=said, **how)
+    command.append(f"--basetemp={folder}/p")
+    with (folder / "said").open("w") as said:
+        how = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
+        process = subprocess.Popen([*command, *files], cwd=folder, env=environment, **how)
         try:
             process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -155,11 +149,10 @@ def test(folder: Path, content: bytes, files: list[Path], patience: float) -> tu
             with contextlib.suppress(OSError):  # it has ended
                 if f"{folder}/".encode() in place.read_bytes():
                     os.kill(int(place.parent.name), signal.SIGKILL)
-        status = process.wait()
-        said.seek(0)
-        match = re.search(r"^(?:FAILED|ERROR) (.+)", said.read(), re.MULTILINE)
+    text = (folder / "said").read_text(errors="replace")
+    status, match = process.wait(), re.search(r"(?m)^(?:FAILED|ERROR) (.+)", text)
     shutil.rmtree(folder, ignore_errors=True)
-    return status, match[1] if match else f"pytest ended with status {status}"
+    return status, match[1] if match else f"status {status}" if status else "SURVIVED"
 
 
 def main() -> int:
@@ -173,38 +166,34 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="of tests")
     given = parser.parse_args()
     first, last = map(int, given.lines.split("-"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after the test that is running
     resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))  # a mutant may eat memory
-    warnings.simplefilter("ignore", SyntaxWarning)
     source, killed, total, pool = Source(SCRIPT.read_bytes()), 0, 0, ThreadPoolExecutor(given.jobs)
     with tempfile.TemporaryDirectory(prefix="mutate-") as name, pool:
-        base = Path(name)
-        base.chmod(0o755)  # other users start copies of the script
+        Path(name).chmod(0o755)  # other users start copies of the script
         for part in PARTS if given.part == "all" else [given.part]:
             files = [each.resolve() for each in given.files or map(TESTS.joinpath, PARTS[part])]
             found = [each for node in source.nodes_of(part) for each in source.mutants(node)]
             chosen = [each for each in found if first <= each.line <= last]
-            if given.sample:
-                chosen = random.Random(SEED).sample(chosen, min(given.sample, len(chosen)))
+            count = min(given.sample or len(chosen), len(chosen))
+            chosen = sorted(random.Random(12).sample(chosen, count))
             print(f"{part}: {len(chosen)} of {len(found)} mutants", flush=True)
-            patience, started = 3600.0, time.monotonic()
-            status, how = test(base / "sound", source.content, files, patience)
+            started = time.monotonic()
+            status, how = test(Path(name, "sound"), source.content, files, 3600)
             if status:
                 sys.exit(f"the tests fail without a mutant: {how}")
-            patience = 60 + 3 * (time.monotonic() - started)
-
-            def try_out(each: Mutant) -> tuple[int | None, str]:
-                folder, content = base / str(chosen.index(each)), source.apply(each)
-                return test(folder, content, files, patience) if content else (None, "")
-
-            for each, (status, how) in zip(chosen, pool.map(try_out, chosen)):
+            run = partial(test, files=files, patience=60 + 3 * (time.monotonic() - started))
+            folders = (Path(name, str(number)) for number in range(len(chosen)))
+            tried = pool.map(run, folders, map(source.apply, chosen))
+            for each, (status, how) in zip(chosen, tried):
                 total, killed = total + (status is not None), killed + bool(status)
-                if status == 0 or given.v and status:
+                if status == 0 or given.v:
                     old = " ".join(source.content[each.start : each.end].decode().split())
-                    print(f"line {each.line}: {old} -> {each.new}:", how if status else "SURVIVED")
-                    print("    " + source.lines[each.line - 1].decode().strip(), flush=True)
+                    line = source.lines[each.line - 1].decode().strip()
+                    print(f"line {each.line}: {old} -> {each.new} | {line} |", how, flush=True)
     share = 100 * killed / max(total, 1)
     print(f"{total} mutants: {killed} killed, {total - killed} survived, {share:.1f} %")
-    return 0 if share >= ENOUGH else 1
+    return int(share < 95)
 
 
 if __name__ == "__main__":

@@ -486,7 +486,7 @@ def test_refused_url_by_any_command(ask: Caller, url: str) -> None:
 
 BROKEN = {  # nobody knows then what is a password; drivers quote the line
     "mysql": ("password = %s\n", "[client\npassword = %s\n", "[client]\npassword\n = %s\n",
-              "[connector_python]\n%s\n"),
+              "[connector_python]\npassword %s\n"),
     "postgresql": ("%s\n", "*:*:*:*\n:%s\n")}
 
 
@@ -910,6 +910,20 @@ def test_tls(host: Host, tmp_path: Path) -> None:
         assert other.clients and (host.driver == "pymysql" or PASSWORD.encode() not in other.got)
 
 
+def test_driver_that_goes_on_without_tls_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To install another one is then enough."""
+    tried: list[str] = []
+
+    def import_module(name: str) -> None:
+        tried.append(name)
+        raise ImportError
+
+    monkeypatch.setattr(script, "import_module", import_module)
+    with pytest.raises(script.Reply):
+        script.Database("mysql://u@h/d", 1)
+    assert sorted(tried) == sorted(DRIVERS["mysql"]) and tried[-1] == "pymysql"
+
+
 def test_rogue_server_would_get_it_without_tls() -> None:
     """Or the test above would prove nothing. (A stand-in for a client that trusts it.)"""
     with (rogue("postgresql") as other,
@@ -939,26 +953,39 @@ def test_server_gets_no_file(make_host: Callable[[str], Host], tmp_path: Path, d
 # ------------------------------------------------------------------------------------- the servers
 
 
-def test_no_database_server_is_left_behind(tmp_path: Path) -> None:
-    """However the tests end, and whatever the server does then: here it is frozen."""
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import database_servers as d\n"
-            "commands = [['sh', '-c', 'setsid -f sleep 99; exec sleep 99']]\n"
-            "dog = d.watchdog(sys.argv[2], commands, {})\n"
-            "while len(d.descendants(dog.pid)) < 3: time.sleep(0.01)\n"
-            "d.signal_below(dog.pid, d.signal.SIGSTOP); print(dog.pid, flush=True)\n"
-            "time.sleep(600)")
+STAND_IN = """
+import os, signal, sys
+signal.signal(signal.SIGQUIT, lambda *_: (open(sys.argv[1], "w"), os._exit(0)))
+os.spawnlp(os.P_NOWAIT, "setsid", "setsid", "-f", "sleep", "99")
+signal.pause()
+"""
+TESTS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import database_servers
+dog = database_servers.watchdog(sys.argv[2], [[sys.executable, "-c", *sys.argv[3:]]], {})
+while len(database_servers.descendants(dog.pid)) < 3:
+    time.sleep(0.01)
+database_servers.signal_below(dog.pid, database_servers.signal.SIGSTOP)
+print(dog.pid, flush=True)
+time.sleep(99)
+"""
 
+
+def test_no_database_server_is_left_behind(tmp_path: Path) -> None:
+    """However the tests end, and whatever the server does: it may clean up, and is ended then."""
     def end_by(number: int) -> None:
-        folder = tmp_path / str(number)
+        folder, cleaned_up = tmp_path / str(number), tmp_path / f"{number}.cleaned-up"
         folder.mkdir()
-        with subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__), folder],
+        with subprocess.Popen([sys.executable, "-c", TESTS, os.path.dirname(__file__), folder,
+                               STAND_IN, cleaned_up],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tests:
             assert tests.stdout
             dog = int(tests.stdout.readline())
             family = [dog, *descendants(dog)]
             tests.send_signal(number)
         serving.until(lambda: not any(map(serving.alive, family)), "the end of all")
-        assert len(family) >= 4 and not folder.exists()
+        assert len(family) >= 4 and not folder.exists() and cleaned_up.exists()
 
     at_once(functools.partial(end_by, number)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
