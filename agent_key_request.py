@@ -11,7 +11,9 @@ cache, status = cache_from_source(path), posix.stat(path)
 loader.path_stats = lambda _: {"mtime": status.st_ctime_ns & 0xFFFFFFFF, "size": status.st_size}
 mask, code = posix.umask(0o022), None
 places = path[:path.rfind("/") + 1] or ".", cache.rpartition("/")[0], cache
-if not any(posix.access(place, posix.F_OK) and posix.stat(place).st_mode & 2 for place in places):
+there = [place for place in places if posix.access(place, posix.F_OK)]
+useful = cache in there or len(there) == 1 or posix.access(there[1] + "/", posix.W_OK)
+if useful and not any(posix.stat(place).st_mode & 2 for place in there):
     try:  # else a stranger could have put it there
         code = loader.get_code("__main__")
     except Exception:
@@ -129,9 +131,8 @@ def to_json(value):
 # -------------------------------------------------------------------------------------- the record
 
 def parse_network(text):
-    """An address or network as (number, width, prefix): an integer, 32 or 128, 0 to width.
-    A single address has prefix = width; IPv4 mapped into IPv6 is IPv4. ValueError if it is neither.
-    """
+    """An address or network as (number, width, prefix): an integer, 32 or 128, 0 to width, which
+    is that of a single address. IPv4 mapped into IPv6 is IPv4. ValueError if it is neither."""
     address, slash, length = text.partition("/")
     try:
         packed = inet_pton(AF_INET6 if ":" in address else AF_INET, address)
@@ -487,8 +488,7 @@ def look_up(words, find_source):
 
 def answer(words, find_source, name="the source"):
     """The Reply to a request, by either method; never raises for what it asks or finds.
-    words: list of str (`["id", "001"]`), as anyone may have sent them; find_source: called for the
-    source, once the request is sound."""
+    words: list of str, as anyone may have sent them; find_source: gives the source; name: of it."""
     try:
         return look_up(words, find_source)
     except Reply as reply:

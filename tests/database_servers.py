@@ -84,7 +84,7 @@ def watch(folder: str, commands: list[list[str]], user: dict[str, Any]) -> None:
     kept = sys.stdin.read() == "keep"
     if not kept:  # PostgreSQL removes its shared memory if it may
         signal_below(os.getpid(), signal.SIGQUIT, signal.SIGCONT)
-    limit = time.monotonic() + (0 if kept else 5)
+    limit = time.monotonic() + (0 if kept else 3)
     while descendants(os.getpid()):
         if time.monotonic() > limit:
             signal_below(os.getpid(), signal.SIGKILL)

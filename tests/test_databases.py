@@ -956,7 +956,7 @@ def test_server_gets_no_file(make_host: Callable[[str], Host], tmp_path: Path, d
 STAND_IN = """
 import os, signal, sys
 signal.signal(signal.SIGQUIT, lambda *_: (open(sys.argv[1], "w"), os._exit(0)))
-os.spawnlp(os.P_NOWAIT, "setsid", "setsid", "-f", "sleep", "99")
+os.spawnlp(os.P_WAIT, "setsid", "setsid", "-f", "sh", "-c", "trap '' QUIT; exec sleep 99")
 signal.pause()
 """
 TESTS = """
@@ -964,7 +964,9 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import database_servers
 dog = database_servers.watchdog(sys.argv[2], [[sys.executable, "-c", *sys.argv[3:]]], {})
-while len(database_servers.descendants(dog.pid)) < 3:
+for _ in range(500):
+    if len(database_servers.descendants(dog.pid)) > 2:
+        break
     time.sleep(0.01)
 database_servers.signal_below(dog.pid, database_servers.signal.SIGSTOP)
 print(dog.pid, flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import gc
 import json
 import os
 import pty
@@ -95,6 +96,7 @@ class Child:
             with contextlib.suppress(BaseException):
                 for place, descriptor in enumerate(descriptors):
                     os.dup2(descriptor, place)
+                gc.freeze()  # the parent's databases: to close one would close a file of ours
                 os.closerange(3, mine)  # or it would hold the other end of its own pipes
                 os.closerange(mine + 1, 1024)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the tests have set
@@ -862,7 +864,7 @@ def test_what_one_may_not(open_folder: Path, nobody: int) -> None:
 
 # ---------------------------------------------------------------- at any moment
 
-STEPS = ("import_agents", "claim", "copy", "records", "refuse_to_replace", "open_import", "whole")
+STEPS = ("import_agents", "claim", "build_store", "copy", "records", "refuse_to_replace", "whole")
 
 
 def at_line(number: int, what: signal.Signals) -> Callable[[], None]:
