@@ -631,7 +631,7 @@ class Trouble(Exception):
 
 # ---------------------------------------------------------------------------- databases and scripts
 
-DRIVERS = {"mysql": ("pymysql", "MySQLdb", "mysql.connector"),
+DRIVERS = {"mysql": ("MySQLdb", "mysql.connector", "pymysql"),
            "postgresql": ("psycopg", "psycopg2")}
 READ_ONLY = {"mysql": "SET SESSION TRANSACTION READ ONLY",
              "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"}
@@ -676,6 +676,7 @@ class Database:
         self.seconds, self.connection, self.driver = seconds, None, self.find_driver()
         limit = int(seconds) or 1
         self.options.setdefault("connect_timeout", limit)
+        os.environ.setdefault("RES_OPTIONS", "timeout:%d attempts:1" % limit)  # of getaddrinfo
         if self.driver.__name__ == "mysql.connector":
             self.options.update(autocommit=True, use_pure=True, allow_local_infile=False)
         elif self.scheme == "mysql":
@@ -729,6 +730,7 @@ class Database:
             if isinstance(error, Reply) or time.monotonic() > end - 0.1:
                 self.give_up()
             text = " ".join(max(map(str, error.args), key=len, default="").split())
+            text = re.sub("(['\"]).*?\\1", "...", text)  # or a line of the file with the password
             if connected:  # the database's words could be stored text
                 text = ("it lacks a table or view agent(id, name, ip, agent_key), or this user the "
                         "right to read it (%s)" % type(error).__name__)

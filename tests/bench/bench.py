@@ -27,8 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT, SAMPLE = ROOT / "agent_key_request.py", ROOT / "sample.db.sql"
 PYTHON = [shutil.which("python3", path="/usr/bin:/bin") or sys.executable, "-IS"]
 FIRST_EDITION = "9357f7d"
@@ -99,7 +98,7 @@ def compiled(name: str) -> str:
     """A C program of this folder."""
     if not shutil.which("cc"):
         raise LookupError("no C compiler (cc)")
-    words = ["cc", "-O2", "-pthread", "-o", str(folder / name), str(HERE / (name + ".c"))]
+    words = ["cc", "-O2", "-pthread", "-o", str(folder / name), f"{ROOT}/tests/bench/{name}.c"]
     subprocess.run(words, check=True)
     return words[4]
 
@@ -107,15 +106,12 @@ def compiled(name: str) -> str:
 # ---------------------------------------------------------------- served
 
 
-def serve(script: Path, path: Path, kind: str, count: int) -> list[str]:
-    """The command of a server with its defaults."""
-    return [*PYTHON, str(script), "--db", source(kind, count), "--serve", "--socket", str(path)]
-
-
 @contextlib.contextmanager
-def running(command: Sequence[str], path: Path) -> Iterator[int]:
-    """A server on the socket PATH that has said `ready`: its process id."""
-    log = path.with_suffix(".log")
+def running(path: Path, *command: str | Path) -> Iterator[int]:
+    """A server on the socket PATH, with its defaults, once it is ready: its process id."""
+    if len(command) == 2:  # a script and its source; else the C loop
+        command = (*PYTHON, command[0], "--db", command[1], "--serve", "--socket")
+    log, command = path.with_suffix(".log"), (*command, path)
     with log.open("wb") as stream:  # a file is the cheapest reader
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stream)
     try:
@@ -182,12 +178,12 @@ def served() -> None:
     """Answers a second over the socket, each asked for as a manager does."""
     rows, path = [], folder / "floor.s"
     with contextlib.ExitStack() as stack:
-        pid = stack.enter_context(running([compiled("floor"), str(path)], path))
+        pid = stack.enter_context(running(path, compiled("floor")))
         rows.append(Row("C loop, a fixed answer", path, pid, "1-1"))
         for kind, count in SOURCES:
             for script in [*first_edition(), SCRIPT]:
                 path = folder / f"{script.stem[0]}{kind}{count}.s"
-                pid = stack.enter_context(running(serve(script, path, kind, count), path))
+                pid = stack.enter_context(running(path, script, source(kind, count)))
                 edition = "first edition" if script != SCRIPT else "this"
                 asked = {"hits": f"1-{count}", "misses": "20000000-20100000"}
                 if (kind, count) == SOURCES[0]:
@@ -211,12 +207,12 @@ def served() -> None:
 
     lines = []
     for row in rows:
-        rate, cpu, p99 = (statistics.median(sample[figure] for sample in samples[row.name])
-                          for figure in ("rate", "cpu", "p99_us"))  # fmt: skip
-        failed = sum(sample["failures"] for sample in samples[row.name])
+        found = {figure: [each[figure] for each in samples[row.name]]
+                 for figure in samples[row.name][0]}  # fmt: skip
+        rate, cpu, p99 = (statistics.median(found[name]) for name in ("rate", "cpu", "p99_us"))
         ratios = [ratio(row.name, rows[0].name), ratio(row.name, row.first)]
-        figures = [f"{rate:,.0f}", *ratios, f"{cpu:.0f}", f"{p99 / 1000:.1f}", f"{failed:.0f}"]
-        lines.append([row.name, *figures])
+        figures = [f"{cpu:.0f}", f"{p99 / 1000:.1f}", f"{sum(found['failures']):.0f}"]
+        lines.append([row.name, f"{rate:,.0f}", *ratios, *figures])
     title = f"Served: 32 C clients, {os.cpu_count()} processors, {ROUNDS} rounds of {SECONDS:g} s"
     table(title, ["", "answers/s", "of C", "of first", "CPU us", "p99 ms", "failed"], lines)
 
@@ -291,7 +287,7 @@ def imports() -> None:
 def answer(count: int) -> float:
     """Processor time for a served answer, in microseconds."""
     path = folder / f"growth{count}.s"
-    with running(serve(SCRIPT, path, "db", count), path) as pid:
+    with running(path, SCRIPT, source("db", count)) as pid:
         return load(Row("", path, pid, f"1-{count}"))["cpu"]
 
 
@@ -311,7 +307,6 @@ def growth() -> None:
 
 
 if __name__ == "__main__":
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="agent-key-bench-") as made:
         folder = Path(made)
         SCRIPT = Path(shutil.copy2(SCRIPT, folder))  # its cache is beside it, and nobody edits it
@@ -321,4 +316,3 @@ if __name__ == "__main__":
                     section()
                 except LookupError as missing:
                     note(f"{section.__name__} is left out: {missing}")
-    note(f"done in {time.monotonic() - began:.0f} s")
