@@ -285,7 +285,7 @@ def test_who_waits_in_the_queue_at_the_end_is_answered(
             kill(server.process.pid, number)
             kill(server.process.pid, number)
             server.wait_line("stopping")
-            assert not server.path.exists()
+            until(lambda: not server.path.exists(), "the path to go")
         assert_all_answered(waiting)
         server.end()
 
