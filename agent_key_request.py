@@ -598,6 +598,7 @@ if __name__ == "__main__":
     given = begin(sys.argv[1:])
 
 # ========================================================================= part two: all the rest
+import socketserver
 import contextlib
 import errno
 import fcntl
@@ -611,7 +612,6 @@ import shlex
 import signal as signals
 import site
 import socket
-import socketserver
 import sqlite3
 import stat
 import struct
