@@ -1234,7 +1234,7 @@ def import_agents(options, name):
         os.fsync(lock)
         if os.path.exists(path):
             os.chown(beside, os.stat(path).st_uid, os.stat(path).st_gid)
-            os.chmod(beside, os.stat(path).st_mode & 0o777)
+            os.chmod(beside, os.stat(path).st_mode & 0o775)  # o+w would be refused by requests
         refuse_to_replace(path)  # time has passed
         pthread_sigmask(SIG_BLOCK, ends)
         os.rename(beside, path)

@@ -1284,3 +1284,12 @@ def test_a_million_faults(ask: Caller, stores: Stores, old_store: Path) -> None:
     how = {"env": {"PATH": ask.path}, "stderr": subprocess.DEVNULL}
     assert cost(words, 1, **how).megabytes <= 150
     assert rows(old_store) == OLD and beside(old_store) == set()
+
+
+def test_a_store_that_everybody_may_write_is_none_afterwards(stores: Stores, store: Path) -> None:
+    """Or every request would refuse what was just imported."""
+    source = stores.csv(GOOD)
+    assert forked("--db", store, "--import", source).status == 0
+    store.chmod(0o666)
+    assert forked("--db", store, "--import", source).status == 0
+    assert stat.S_IMODE(store.stat().st_mode) == 0o664
