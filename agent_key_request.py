@@ -1456,7 +1456,7 @@ class Manager:
                 connection.connect(path)
                 connection.sendall(struct.pack("<I", len(message)) + message)
                 length, = struct.unpack("<I", stream.read(4))
-                reply = json.loads(stream.read(length).decode("latin-1"))
+                reply = json.loads(stream.read(min(length, 65536)).decode("latin-1"))
                 number, data = reply["error"], dict(reply.get("data", {}))
         except OSError as error:
             raise Trouble("no manager at %s: %s" % (path, error.strerror or error)) from None
