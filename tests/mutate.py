@@ -35,7 +35,7 @@ SCRIPT = TESTS.parent / "agent_key_request.py"
 PYTHON = shutil.which("python3", path=os.defpath) or sys.executable  # one that all users can start
 PARTS = {  # the test files, those first that take least
     "one": ["test_rules.py", "test_sources.py", "test_request.py", "test_host.py"],
-    "import": ["test_import.py", "test_check.py"],
+    "import": ["test_import.py", "test_check.py", "test_manager.py"],
     "check": ["test_check.py", "test_manager.py"],
     "server": ["test_server_protocol.py", "test_server_store.py", "test_server_life.py"],
 }
@@ -44,16 +44,14 @@ OF_CHECK = {"notes_on", "missing_indexes", "check_source"}  # they stand among t
 TEXTS = {"MESSAGES", "RULES", "VALUES", "HELP", "REFUSALS"}
 SENTENCE = re.compile(r"[a-z] [a-z%]|%[sd]: ")
 OPERATOR = re.compile(rb"not\s+in\b|is\s+not\b|in\b|is\b|[<>=!]=|[<>]")
-TURNED = {
-    "<": (">=", "<="), "<=": (">", "<"), ">": ("<=", ">="), ">=": ("<", ">"), "==": ("!=",),
-    "!=": ("==",), "in": ("not in",), "not in": ("in",), "is": ("is not",), "is not": ("is",),
-}  # fmt: skip
+TURNED = {"<": (">=", "<="), "<=": (">", "<"), ">": ("<=", ">="), ">=": ("<", ">"),
+          "==": ("!=",), "!=": ("==",), "in": ("not in",), "not in": ("in",), "is": ("is not",),
+          "is not": ("is",)}  # fmt: skip
 Mutant = NamedTuple("Mutant", [("line", int), ("start", int), ("end", int), ("new", str)])
 
 
 class Source:
     """The script, and the mutants that can be made of it."""
-
     def __init__(self, content: bytes) -> None:
         self.content, self.lines = content, content.splitlines(keepends=True)
         self.starts = [0, *accumulate(map(len, self.lines))]
@@ -136,23 +134,24 @@ def test(folder: Path, content: bytes, files: list[Path], patience: float) -> tu
     environment = {**os.environ, "TMPDIR": str(folder), "AGENT_KEY_SCRIPT": str(script)}
     environment["AGENT_KEY_PYTHONS"] = os.environ.get("AGENT_KEY_PYTHONS", PYTHON).split()[0]
     command = [sys.executable, "-m", "pytest", "-xq", "-m", "not slow", "-p", "no:cacheprovider"]
-    command.append(f"--basetemp={folder}/p")
-    with (folder / "said").open("w") as said:
+    command += [f"--basetemp={folder}/p", *map(str, files)]
+    with (folder / "said").open("w") as said, contextlib.suppress(subprocess.TimeoutExpired):
         how = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
-        process = subprocess.Popen([*command, *files], cwd=folder, env=environment, **how)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # it ends what it has started
-            time.sleep(10)
-        for place in Path("/proc").glob("[0-9]*/cmdline"):  # what is left names the folder
-            with contextlib.suppress(OSError):  # it has ended
-                if f"{folder}/".encode() in place.read_bytes():
-                    os.kill(int(place.parent.name), signal.SIGKILL)
-    text = (folder / "said").read_text(errors="replace")
-    status, match = process.wait(), re.search(r"(?m)^(?:FAILED|ERROR) (.+)", text)
-    shutil.rmtree(folder, ignore_errors=True)
+        process = subprocess.Popen(command, cwd=folder, env=environment, **how)
+        process.wait(patience)
+    match = re.search(r"(?m)^(?:FAILED|ERROR) (.+)", (folder / "said").read_text(errors="replace"))
+    sweep(folder)
+    status = process.wait()
     return status, match[1] if match else f"status {status}" if status else "SURVIVED"
+
+
+def sweep(folder: Path) -> None:
+    """End what has the folder in its command: tests and what they started; then remove it."""
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            if f"{folder}/".encode() in place.read_bytes():
+                os.kill(int(place.parent.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
@@ -166,10 +165,11 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="of tests")
     given = parser.parse_args()
     first, last = map(int, given.lines.split("-"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after the test that is running
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))  # a mutant may eat memory
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))  # a mutant may eat memory
     source, killed, total, pool = Source(SCRIPT.read_bytes()), 0, 0, ThreadPoolExecutor(given.jobs)
     with tempfile.TemporaryDirectory(prefix="mutate-") as name, pool:
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, lambda *_: (sweep(Path(name)), os._exit(1)))
         Path(name).chmod(0o755)  # other users start copies of the script
         for part in PARTS if given.part == "all" else [given.part]:
             files = [each.resolve() for each in given.files or map(TESTS.joinpath, PARTS[part])]

@@ -256,10 +256,14 @@ class Load:
 
     def __exit__(self, *problem: object) -> None:
         """Stop them; there must be no fault."""
+        self.stop()
+        assert problem[0] or not self.faults, (len(self.faults), self.faults[:5])
+
+    def stop(self) -> None:
+        """Let each thread end its request."""
         self.stopping = True
         for thread in self.threads:
             thread.join()
-        assert problem[0] or not self.faults, (len(self.faults), self.faults[:5])
 
     def wait(self, more: int) -> None:
         """Wait until that many MORE answers have come."""

@@ -21,22 +21,9 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPT, Caller, Python, Stores, script
 from serving import (
-    LIMIT,
-    Load,
-    Server,
-    alive,
-    connect,
-    connections,
-    fault_of,
-    ids_of,
-    key,
-    records,
-    refused,
-    serve_command,
-    serving,
-    started,
-    until,
-)
+    LIMIT, Load, Server, alive, connect, connections, fault_of, ids_of, key, records, refused,
+    serve_command, serving, started, until,
+)  # fmt: skip
 
 AGENTS = 300
 REQUESTS = [f"id:{number:03d}" for number in range(1, AGENTS + 1)]
@@ -55,13 +42,19 @@ def server(store: Path, tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
-# ---------------------------------------------------------------- a life
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[socket.socket]:
+    """A listening socket that outlives the servers, as systemd's does."""
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(tmp_path / "passed"))
+        opened.listen(4096)
+        yield opened
 
 
 def test_a_life_under_every_interpreter(
     interpreter: Python, stores: Stores, tmp_path: Path
 ) -> None:
-    """Start, answer, read again, answer, end."""
+    """Start, answer, read again, answer, lose a worker, end."""
     source = stores.csv(records(3))
     with serving(source, tmp_path / "s", "--workers", "2", python=interpreter) as server:
         assert (server.key(), server.key("ip:10.0.0.1")) == (key(1), key(1))
@@ -82,58 +75,51 @@ def test_ps_shows_the_script_and_its_options(store: Path, tmp_path: Path, ask: C
     """Started by its name, as in a unit: not the loader that a request gets."""
     words = ["--db", str(store), "--serve", "--socket", str(tmp_path / "s")]
     with started([str(SCRIPT), *words], tmp_path / "s", env={"PATH": ask.path}) as server:
-        server.wait_line("ready")
+        line = f"agent_key_request: info: ready: 8 workers on {tmp_path / 's'}, source {store}"
+        assert server.wait_line("ready") == line
+        assert len(server.workers) == 8
         for process in server.process.pid, server.workers[0]:
             shown = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
             assert [Path(shown[0]).name, *shown[1:]] == ["python3", "-IS", str(SCRIPT), *words, ""]
 
 
-@pytest.mark.parametrize(("options", "count"), [((), 8), (("--workers", "3"), 3)])
-def test_workers_and_the_first_line(
-    store: Path, tmp_path: Path, options: tuple[str, ...], count: int
-) -> None:
-    with serving(store, tmp_path / "s", *options) as server:
-        assert len(server.workers) == count
-        line = f"info: ready: {count} workers on {tmp_path / 's'}, source {store}"
-        assert server.lines == [f"agent_key_request: {line}"]
-
-
 # ---------------------------------------------------------------- the socket and its place
 
 
-def test_mode_and_group(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("umask", "mode", "options"),
+    [(0o000, 0o600, ()), (0o077, 0o660, ("--mode", "0660", "--group")), (0o027, 0o666, ())],
+)
+def test_mode_and_group(
+    store: Path, tmp_path: Path, umask: int, mode: int, options: tuple[str, ...]
+) -> None:
     """Whatever the umask. The socket is born with both, so the process has its own back."""
-    other = [group for group in grp.getgrall() if group.gr_gid in os.getgroups()]
-    group = (grp.getgrall() if os.geteuid() == 0 else [*other, grp.getgrgid(os.getegid())])[-1]
-    for umask, options, mode in (
-        (0o000, (), 0o600),
-        (0o077, ("--mode", "0660", "--group", group.gr_name), 0o660),
-        (0o027, ("--mode", "666"), 0o666),
-    ):
-        with serving(store, tmp_path / "s", *options, umask=umask) as server:
-            status = server.path.stat()
-            assert stat.S_IMODE(status.st_mode) == mode
-            assert status.st_gid == (group.gr_gid if "--group" in options else os.getegid())
-            assert server.error("id:001") == 0
-            state = Path(f"/proc/{server.process.pid}/status").read_text()
-            assert f"Umask:\t{umask:04o}\n" in state
-            assert f"Gid:\t{os.getegid()}\t{os.getegid()}\t" in state
+    own = grp.getgrgid(os.getegid())
+    other = grp.getgrall() if os.geteuid() == 0 else [own]
+    group = other[-1] if options else own
+    options = (*options, group.gr_name) if options else ("--mode", f"{mode:o}")
+    with serving(store, tmp_path / "s", *options, umask=umask) as server:
+        status = server.path.stat()
+        assert (stat.S_IMODE(status.st_mode), status.st_gid) == (mode, group.gr_gid)
+        assert server.error("id:001") == 0
+        state = Path(f"/proc/{server.process.pid}/status").read_text()
+        assert f"Umask:\t{umask:04o}\n" in state
+        assert f"Gid:\t{own.gr_gid}\t{own.gr_gid}\t" in state
 
 
 @pytest.mark.parametrize(
     ("options", "status", "reason"),
     [
         (("--mode", "68"), 2, "--mode needs three or four digits from 0 to 7, such as 0660"),
-        (("--mode", "888"), 2, "--mode needs three or four digits from 0 to 7"),
-        (("--mode", "0o660"), 2, "--mode needs three or four digits from 0 to 7"),
-        (("--mode", "00660"), 2, "--mode needs three or four digits from 0 to 7"),
-        (("--mode", "rw"), 2, "--mode needs three or four digits from 0 to 7"),
+        (("--mode", "888"), 2, "--mode needs"),
+        (("--mode", "0o660"), 2, "--mode needs"),
+        (("--mode", "00660"), 2, "--mode needs"),
         (("--mode",), 2, "--mode needs a value"),
         (("--group", "no-such-group"), 1, "--group no-such-group: there is no such group"),
         (("--group",), 2, "--group needs a value"),
         (("--workers", "many"), 2, "--workers needs a number"),
         (("--workers", "0"), 2, "--workers needs a number"),
-        (("--socket", "/nowhere/at/all/s"), 1, "the folder /nowhere/at/all is missing"),
+        (("--socket", "{}/at/all/s"), 1, "the folder {}/at/all is missing"),
         (("--socket", "{}/" + 108 * "s"), 1, "too long"),
     ],
 )
@@ -143,7 +129,7 @@ def test_what_it_does_not_start_with(
     """One line, in our words; and no socket is left."""
     given = [option.format(tmp_path) for option in options]
     found, line = refused(store, tmp_path / "s", *given)
-    assert (found, reason in line) == (status, True), line
+    assert (found, reason.format(tmp_path) in line) == (status, True), line
     assert not (tmp_path / "s").exists()
 
 
@@ -153,23 +139,22 @@ def make_socket(path: Path) -> None:
         dead.bind(str(path))
 
 
-def make_links(path: Path) -> None:
+def make_link(path: Path) -> None:
     """A link to somebody's dead socket."""
     make_socket(path.with_name("precious"))
     path.symlink_to("precious")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda path: path.write_text("precious"),
-        Path.mkdir,
-        os.mkfifo,
-        lambda path: path.symlink_to("nowhere"),
-        make_links,
-    ],
-    ids=["file", "folder", "fifo", "link to nothing", "link"],
-)
+NO_SOCKETS_OF_OURS: dict[str, Callable[[Path], object]] = {
+    "file": lambda path: path.write_text("precious"),
+    "folder": Path.mkdir,
+    "fifo": os.mkfifo,
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "link": make_link,
+}
+
+
+@pytest.mark.parametrize("make", NO_SOCKETS_OF_OURS.values(), ids=NO_SOCKETS_OF_OURS)
 def test_a_path_that_is_no_socket_is_never_removed(
     store: Path, tmp_path: Path, make: Callable[[Path], object]
 ) -> None:
@@ -180,7 +165,6 @@ def test_a_path_that_is_no_socket_is_never_removed(
     assert (status, str(path) in line) == (1, True), line
     assert path.lstat() == before
     assert not (tmp_path / "nowhere").exists()
-    assert not path.is_file() or path.read_text() == "precious"
 
 
 def test_a_live_server_is_not_robbed(server: Server, store: Path) -> None:
@@ -193,27 +177,11 @@ def test_a_live_server_is_not_robbed(server: Server, store: Path) -> None:
     assert server.path.stat().st_ino == before
 
 
-def test_another_program_is_not_robbed(store: Path, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as other:
-        other.bind(str(tmp_path / "s"))
-        other.listen()
-        status, line = refused(store, tmp_path / "s")
-        assert (status, "another program listens there" in line) == (1, True), line
-        connect(tmp_path / "s").close()
-
-
-def test_of_six_that_start_at_once_one_serves(store: Path, tmp_path: Path) -> None:
-    """There is the socket of a dead one, which each would replace."""
-    path = tmp_path / "s"
-    make_socket(path)
-    with contextlib.ExitStack() as stack:
-        command = serve_command(store, path, "--workers", "1")
-        servers = [stack.enter_context(started(command, path)) for _ in range(6)]
-        until(lambda: sum(each.process.poll() is not None for each in servers) == 5, "five to end")
-        (winner,) = [each for each in servers if each.process.poll() is None]
-        winner.wait_line("ready")
-        assert winner.error("id:001") == 0
-        assert all("already running" in each.lines[0] for each in servers if each is not winner)
+def test_another_program_is_not_robbed(store: Path, listener: socket.socket) -> None:
+    path = Path(listener.getsockname())
+    status, line = refused(store, path)
+    assert (status, "another program listens there" in line) == (1, True), line
+    connect(path).close()
 
 
 def test_a_dead_socket_is_replaced_and_nobody_waits_busily(store: Path, tmp_path: Path) -> None:
@@ -243,10 +211,19 @@ def answer_of(connection: socket.socket) -> bytes:
         return b""
 
 
-def assert_all_answered(connections: list[socket.socket]) -> None:
-    """Each has the answer to its own request."""
-    faults = [fault for fault in map(fault_of, REQUESTS, map(answer_of, connections)) if fault]
-    assert not faults, (len(faults), faults[:5])
+def faults_of(asking: list[socket.socket]) -> list[str]:
+    """What is wrong with the answers to the REQUESTS that these clients have sent."""
+    return [fault for fault in map(fault_of, REQUESTS, map(answer_of, asking)) if fault]
+
+
+@contextlib.contextmanager
+def frozen(processes: list[int]) -> Iterator[None]:
+    """Stop processes for as long as the block lasts."""
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    yield
+    for process in filter(alive, processes):
+        os.kill(process, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "csv"])
@@ -263,16 +240,6 @@ def test_read_again_ten_times_under_load(stores: Stores, tmp_path: Path, kind: s
         assert not server.matching("error:")
 
 
-@contextlib.contextmanager
-def frozen(processes: list[int]) -> Iterator[None]:
-    """Stop processes for as long as the block lasts."""
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)
-    yield
-    for process in filter(alive, processes):
-        os.kill(process, signal.SIGCONT)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("kill", [os.kill, os.killpg])
 def test_who_waits_in_the_queue_at_the_end_is_answered(
@@ -286,53 +253,44 @@ def test_who_waits_in_the_queue_at_the_end_is_answered(
             kill(server.process.pid, number)
             server.wait_line("stopping")
             until(lambda: not server.path.exists(), "the path to go")
-        assert_all_answered(waiting)
+        assert not faults_of(waiting)
         server.end()
 
 
-def test_who_asks_just_after_the_signal_is_answered(server: Server) -> None:
+def test_who_asks_just_after_the_signal_and_who_never_asks(server: Server) -> None:
     """The manager connects and sends in two calls."""
-    with connections(server.path, 30 * [""]) as silent:
+    with connections(server.path, 40 * [""]) as silent:
         server.send(signal.SIGTERM)
-        for connection, request in zip(silent, REQUESTS):
+        for connection, request in zip(silent[:30], REQUESTS):
             connection.send(request.encode())
-        assert_all_answered(silent)
-        server.end()
-
-
-def test_silent_clients_do_not_hold_up_the_end(server: Server) -> None:
-    with connections(server.path, 12 * [""]):
-        server.send(signal.SIGTERM)
+        assert not faults_of(silent[:30])
         server.end()
 
 
 def test_the_socket_of_somebody_else_stays(server: Server) -> None:
     """The path was taken over meanwhile."""
     server.path.unlink()
-    with socket.socket(socket.AF_UNIX) as other:
-        other.bind(str(server.path))
-        server.send(signal.SIGTERM)
-        server.end()
-        assert server.path.exists()
+    make_socket(server.path)
+    server.send(signal.SIGTERM)
+    server.end()
+    assert server.path.exists()
 
 
 @pytest.mark.parametrize("how", ["hang-up", "Ctrl-C"])
 def test_on_a_terminal(store: Path, tmp_path: Path, how: str) -> None:
     """A hang-up ends it there (elsewhere it reads again), as if one had pressed Ctrl-C."""
     ours, theirs = pty.openpty()
+    command, path = serve_command(store, tmp_path / "s", "--workers", "2"), tmp_path / "s"
+
+    def take_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
     with (
         open(ours, "r+b", buffering=0) as terminal,
-        started(
-            serve_command(store, tmp_path / "s", "--workers", "2"),
-            tmp_path / "s",
-            stdout=theirs,
-            stderr=theirs,
-            preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),  # it is its terminal
-        ) as server,
+        started(command, path, stdout=theirs, stderr=theirs, preexec_fn=take_terminal) as server,
     ):
         os.close(theirs)
         assert b"ready" in terminal.read(1000)
-        assert server.error("id:001") == 0
         if how == "hang-up":
             terminal.close()
         else:
@@ -349,12 +307,10 @@ def test_a_worker_that_is_killed_is_replaced(server: Server) -> None:
     with frozen(victims[1:]), connections(server.path, REQUESTS[:50]) as waiting:
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
-        faults = [fault for fault in map(fault_of, REQUESTS, map(answer_of, waiting)) if fault]
-        assert len(faults) <= len(victims), faults
+        assert len(faults_of(waiting)) <= len(victims)
     for victim in victims:
         assert "signal 9" in server.wait_line(f"error: worker {victim} ended")
     until(lambda: len(server.workers) == 2, "two workers")
-    assert server.error("id:001") == 0
 
 
 def test_a_worker_that_cannot_go_on_says_why(server: Server) -> None:
@@ -362,7 +318,7 @@ def test_a_worker_that_cannot_go_on_says_why(server: Server) -> None:
     worker = server.workers[0]
     resource.prlimit(worker, resource.RLIMIT_NOFILE, (3, 3))
     server.wait_line(f"worker {worker} ended")
-    assert "Too many open files" in "".join(server.matching(f"worker {worker}"))
+    assert "Too many open files" in server.matching(f"worker {worker}")[0]
     assert server.error("id:001") == 0
 
 
@@ -395,27 +351,17 @@ os.dup2(int(sys.argv[1]), 3)
 os.environ.update(LISTEN_FDS="1", LISTEN_PID=sys.argv[2] or str(os.getpid()))
 os.execv(sys.argv[3], sys.argv[3:])
 """
-
-
-@pytest.fixture
-def listener(tmp_path: Path) -> Iterator[socket.socket]:
-    """A listening socket that outlives the servers, as systemd's does."""
-    with socket.socket(socket.AF_UNIX) as opened:
-        opened.bind(str(tmp_path / "passed"))
-        opened.listen(4096)
-        yield opened
+UNIT = {"INVOCATION_ID": "0" * 32}  # set by systemd for what it starts
 
 
 @contextlib.contextmanager
 def activated(
-    listener: socket.socket, command: list[str], pid: str = "", under_systemd: bool = True
+    listener: socket.socket, command: list[str], pid: str = "", env: dict[str, str] = UNIT
 ) -> Iterator[Server]:
     """Give a server that gets its socket as descriptor 3."""
     number = listener.fileno()
     launch = [sys.executable, "-IS", "-c", LAUNCHER, str(number), pid, *command]
-    env = {"INVOCATION_ID": "0" * 32} if under_systemd else {}
-    path = Path(listener.getsockname())
-    with started(launch, path, env=env, pass_fds=[number]) as server:
+    with started(launch, Path(listener.getsockname()), env=env, pass_fds=[number]) as server:
         yield server
 
 
@@ -426,7 +372,6 @@ def test_a_passed_socket_without_a_source(stores: Stores, listener: socket.socke
     listener.setblocking(False)  # as NonBlocking=yes in its unit would
     with early, activated(listener, serve_command(source, None)) as server:
         assert b'"error": 2' in early.recv(65536)
-        assert server.error("id:001") == 2
         assert "No such file" in server.wait_line("error: ")
         stores.sqlite(records(3))
         assert server.key() == key(1)
@@ -446,35 +391,30 @@ def test_a_socket_for_somebody_else_is_not_taken(
 
 def test_three_restarts_of_a_unit_lose_nobody(store: Path, listener: socket.socket) -> None:
     """The queue stays for the next start: systemd holds the socket."""
-    with contextlib.ExitStack() as stack:
-        load = Load(Path(listener.getsockname()), REQUESTS)
-        for number in range(4):
-            server = stack.enter_context(activated(listener, serve_command(store, None)))
-            if not number:
-                stack.enter_context(load)
+    with contextlib.ExitStack() as servers, Load(Path(listener.getsockname()), REQUESTS) as load:
+        for restarts in range(4):
+            server = servers.enter_context(activated(listener, serve_command(store, None)))
             server.wait_line("ready")
             load.wait(100)
-            if number < 3:
+            if restarts < 3:
                 server.send(signal.SIGTERM)
                 server.end()
-        load.stopping = True
-        for thread in load.threads:
-            thread.join()
+        load.stop()
 
 
 def test_the_last_holder_of_a_passed_socket_leaves_nobody(
     store: Path, listener: socket.socket
 ) -> None:
-    """Without systemd ($INVOCATION_ID) there is no next start that would answer the queue."""
+    """Without systemd there is no next start that would answer the queue."""
     command = serve_command(store, None, "--workers", "2")
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(activated(listener, command, under_systemd=False))
+        server = stack.enter_context(activated(listener, command, env={}))
         server.wait_line("ready")
         with frozen(server.workers):
             waiting = stack.enter_context(connections(server.path, REQUESTS[:100]))
             server.send(signal.SIGTERM)
             server.wait_line("stopping")
-        assert_all_answered(waiting)
+        assert not faults_of(waiting)
         server.end()
 
 
@@ -483,11 +423,9 @@ def test_three_restarts_under_systemd_socket_activate(store: Path, tmp_path: Pat
     activate, path = shutil.which("systemd-socket-activate"), tmp_path / "s"
     if not activate:
         pytest.skip("no systemd-socket-activate here")
-    path_of_python = f"--setenv=PATH={os.defpath}"
-    command = [activate, path_of_python, "-l", str(path), *serve_command(store, None)]
     with Load(path, REQUESTS, may_stop=True) as load:
         for _ in range(3):
-            with started(command, path) as server:
+            with started([activate, "-l", str(path), *serve_command(store, None)], path) as server:
                 server.wait_line("ready")
                 load.wait(100)
                 server.send(signal.SIGTERM)
@@ -507,7 +445,6 @@ def test_systemd_is_notified(store: Path, tmp_path: Path, name: str) -> None:
             assert server.error("id:001") == 0
             server.send(signal.SIGTERM)
             assert systemd.recv(99) == b"STOPPING=1"
-            server.end()
 
 
 # ---------------------------------------------------------------- the log
@@ -522,16 +459,12 @@ def troubled(stores: Stores) -> Path:
 
 def test_the_journal_gets_priorities(troubled: Path, tmp_path: Path) -> None:
     """Then the name is not there twice; `journalctl -p err` shows what somebody must mend."""
-    with (tmp_path / "journal").open("wb") as journal:
+    command, path = serve_command(troubled, tmp_path / "s", "--workers", "1"), tmp_path / "journal"
+    with path.open("wb") as journal:
         status = os.fstat(journal.fileno())
         env = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
-        with started(
-            serve_command(troubled, tmp_path / "s", "--workers", "1"),
-            tmp_path / "s",
-            env=env,
-            stderr=journal,
-        ) as server:
-            server.log = tmp_path / "journal"
+        with started(command, tmp_path / "s", env=env, stderr=journal) as server:
+            server.log = path
             server.wait_line("ready")
             errors = [server.error(f"id:{n}") for n in ("001", "900", "901", "999", "1")]
             assert errors == [0, 5, 6, 4, 3]
@@ -540,24 +473,15 @@ def test_the_journal_gets_priorities(troubled: Path, tmp_path: Path) -> None:
             server.wait_line("Cannot")
             os.kill(server.workers[0], signal.SIGKILL)
             server.wait_line("worker ")
-            told = [(line[:3], line[3:].partition(" ")[0]) for line in server.lines]
-    assert told == [
-        ("<6>", "ready:"),
-        ("<6>", "id:001:"),
-        ("<3>", "id:900:"),
-        ("<3>", "id:901:"),
-        ("<3>", "Cannot"),
-        ("<3>", "worker"),
-    ]
+            told = [line.split()[0] for line in server.lines]
+    assert told == ["<6>ready:", "<6>id:001:", "<3>id:900:", "<3>id:901:", "<3>Cannot", "<3>worker"]
 
 
 def test_the_same_line_once_a_minute_over_all_workers(troubled: Path, tmp_path: Path) -> None:
     """A flood fills no disk, but every agent whose key went out is told, and never its key."""
     with serving(troubled, tmp_path / "s", "--workers", "4") as server:
-        for _ in range(50):
-            assert [server.error(request) for request in ("id:900", "id:901", "id:20000000")] == [
-                5, 6, 4,
-            ]  # fmt: skip
+        for request, error in [("id:900", 5), ("id:901", 6), ("id:20000000", 4)] * 20:
+            assert server.error(request) == error
         for request in REQUESTS[:100]:
             assert server.error(request) == 0
         told = [
@@ -576,28 +500,22 @@ def test_verbose_tells_all(troubled: Path, tmp_path: Path) -> None:
             server.ask(request)
         server.wait_line("", 16)
         assert len(server.matching(" id:??: Bad arguments given")) == 3
-        assert not [part for part in (key(1)[:16], key(2)[:16]) if server.matching(part)]
 
 
-@pytest.mark.parametrize("is_open", [True, False], ids=["full", "closed"])
-def test_a_log_that_nobody_reads_stops_nothing(store: Path, tmp_path: Path, is_open: bool) -> None:
+def test_a_log_that_nobody_reads_stops_nothing(store: Path, tmp_path: Path) -> None:
+    """A full pipe: as when who reads it hangs."""
     reader, writer = os.pipe()
     with (
         open(reader, "rb", buffering=0) as pipe,
         started(serve_command(store, tmp_path / "s"), tmp_path / "s", stderr=writer) as server,
     ):
         assert b"ready" in pipe.read(1000)
-        if is_open:
-            # Opened once more: the server's own end stays as it has it.
-            with open(f"/proc/self/fd/{writer}", "wb", buffering=0) as other:
-                os.set_blocking(other.fileno(), False)
-                while other.write(b"x" * 4096):
-                    pass
-                while other.write(b"x"):
-                    pass
+        # Opened once more: the server's own end stays as it has it.
+        with open(f"/proc/self/fd/{writer}", "wb", buffering=0) as other:
+            os.set_blocking(other.fileno(), False)
+            while other.write(b"x" * 4096) or other.write(b"x"):
+                pass
         os.close(writer)
-        if not is_open:
-            pipe.close()
         for request in REQUESTS[:50]:
             assert server.error(request) == 0
         server.send(signal.SIGHUP)

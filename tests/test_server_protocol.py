@@ -83,7 +83,7 @@ def talk(server: Server, *pieces: bytes, half_close: bool = False) -> bytes:
             connection.send(piece)
             if piece is not pieces[-1]:
                 until(lambda: not unread(connection), "the server to read a piece")
-                if select.select([connection], [], [], 0)[0]:  # a busy machine is late with the next
+                if select.select([connection], [], [], 0)[0]:  # we were late with the next
                     return b""
         if half_close:
             connection.shutdown(socket.SHUT_WR)
@@ -124,8 +124,8 @@ def test_asking_where_nobody_answers(tmp_path: Path) -> None:
     """`--socket` in a request: there is an answer in any case."""
     with socket.socket(socket.AF_UNIX) as rude:
         rude.bind(str(tmp_path / "rude"))
-        for name, problem in ("none", "No such file"), ("rude", "refused"), ("rude", "closed"):
-            if problem == "closed":
+        for name, problem in ("none", "No such file"), ("rude", "refused"), ("rude", "/rude"):
+            if problem == "/rude":  # it closes at once
                 rude.listen()
                 threading.Thread(target=lambda: rude.accept()[0].close()).start()
             with pytest.raises(script.Reply) as raised:
@@ -296,3 +296,13 @@ def test_a_locked_store_is_error_2_in_time(
         with connections(server.path, STORED[:4]) as waiting:
             assert {check_line(each.recv(65536))["error"] for each in waiting} == {2}
         server.wait_line("locked")
+
+
+def test_each_answer_has_the_whole_timeout(stores: Stores, tmp_path: Path) -> None:
+    """A look-up that reads the whole table, when the store has been open for longer than that."""
+    source = stores.sqlite(records(40_000))
+    with serving(source, tmp_path / "s", "--workers", "1", "--timeout", "0.9") as server:
+        assert server.error("id:40000") == 0
+        with connections(server.path, [""]) as (silent,):
+            assert silent.recv(1) == b""  # a second later
+        assert server.error("id:40000") == 0

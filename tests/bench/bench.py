@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import sqlite3
 import statistics
@@ -170,8 +171,10 @@ def silent(path: Path, count: int) -> Iterator[None]:
     with concurrent.futures.ThreadPoolExecutor(SILENT) as pool:
         for _ in range(count):
             pool.submit(be_silent)
-        yield
-        done.set()
+        try:
+            yield
+        finally:
+            done.set()
 
 
 def served() -> None:
@@ -307,6 +310,7 @@ def growth() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server stays behind
     with tempfile.TemporaryDirectory(prefix="agent-key-bench-") as made:
         folder = Path(made)
         SCRIPT = Path(shutil.copy2(SCRIPT, folder))  # its cache is beside it, and nobody edits it
