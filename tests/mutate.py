@@ -40,7 +40,7 @@ PARTS = {  # the test files, those first that take least
     "server": ["test_server_protocol.py", "test_server_store.py", "test_server_life.py"],
 }
 TITLES = {"the server": "server", "keeping the store": "import", "the manager": "check"}
-OF_CHECK = {"notes_on", "missing_indexes", "check_source"}  # they stand among those of an import
+OF_CHECK = {"notes_on", "check_source"}  # they stand among those of an import
 TEXTS = {"MESSAGES", "RULES", "VALUES", "HELP", "REFUSALS"}
 SENTENCE = re.compile(r"[a-z] [a-z%]|%[sd]: ")
 OPERATOR = re.compile(rb"not\s+in\b|is\s+not\b|in\b|is\b|[<>=!]=|[<>]")

@@ -110,10 +110,11 @@ def test_mode_and_group(
 @pytest.mark.parametrize(
     ("options", "status", "reason"),
     [
-        (("--mode", "68"), 2, "--mode needs three or four digits from 0 to 7, such as 0660"),
+        (("--mode", "68"), 2, "--mode needs three digits from 0 to 7"),
         (("--mode", "888"), 2, "--mode needs"),
         (("--mode", "0o660"), 2, "--mode needs"),
         (("--mode", "00660"), 2, "--mode needs"),
+        (("--mode", "4660"), 2, "--mode needs"),
         (("--mode",), 2, "--mode needs a value"),
         (("--group", "no-such-group"), 1, "--group no-such-group: there is no such group"),
         (("--group",), 2, "--group needs a value"),
@@ -130,7 +131,7 @@ def test_what_it_does_not_start_with(
     given = [option.format(tmp_path) for option in options]
     found, line = refused(store, tmp_path / "s", *given)
     assert (found, reason.format(tmp_path) in line) == (status, True), line
-    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "s").exists() and not (tmp_path / "s.lock").exists()
 
 
 def make_socket(path: Path) -> None:
