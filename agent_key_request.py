@@ -1062,19 +1062,18 @@ def serve(options, name):
     server.run()
 
 def ask_server(path, words, seconds):
-    """Ask a running server as the manager would: its answer, in bytes; raises Reply."""
-    parse_request(words)
+    """Ask a running server as the manager would: the line that answers, in bytes, in any case."""
     try:
+        parse_request(words)
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(seconds)
             connection.connect(path)
             connection.sendall(":".join(words).encode("ascii"))
-            line = connection.recv(65536)
-        if not line:
-            raise OSError("closed without an answer")
+            return connection.recv(65536) or Reply(2, "%s closed without an answer" % path).line()
+    except Reply as reply:
+        return reply.line()
     except OSError as error:
-        raise Reply(2, "no server answers at %s: %s" % (path, error.strerror or error)) from None
-    return line
+        return Reply(2, "no server answers at %s: %s" % (path, error.strerror or error)).line()
 
 
 # ------------------------------------------------------------------------------- keeping the store
@@ -1337,10 +1336,7 @@ def verdict_of(output, status):
 
 def check_server(path, seconds):
     """Ask a server as the manager does: (whether that is well, what to say of it)."""
-    try:
-        return verdict_of(ask_server(path, ["id", NOBODY], seconds), 0)
-    except Reply as reply:
-        return False, reply.message[len(MESSAGES[2]):]
+    return verdict_of(ask_server(path, ["id", NOBODY], seconds), 0)
 
 def attempt(report, what, method, *arguments):
     """Tell what comes of one way of asking, and how long it takes."""
@@ -1518,13 +1514,13 @@ def check(options, name):
 
 # ------------------------------------------------------------------------------------------- main
 
-REQUEST, COMMANDS = "a request", ("--serve", "--import", "--check", "--enroll")
+COMMANDS = {"--serve": serve, "--import": import_agents, "--check": check, "--enroll": enroll}
 GOES_WITH = {
-    "--db": (REQUEST,) + COMMANDS, "--timeout": (REQUEST,) + COMMANDS,
-    "--socket": (REQUEST, "--serve", "--check"), "--serve": ("--serve",), "--mode": ("--serve",),
-    "--group": ("--serve",), "--workers": ("--serve",), "--import": ("--import",),
-    "--check": ("--check",), "--json": ("--check",), "--manager": ("--check", "--enroll"),
-    "--enroll": ("--enroll",), "-v": ("--serve", "--import", "--enroll")}
+    "a request": "--db --timeout --socket",
+    "--serve": "--serve --db --timeout --socket --mode --group --workers -v",
+    "--import": "--import --db --timeout -v",
+    "--check": "--check --db --timeout --socket --manager --json",
+    "--enroll": "--enroll --db --timeout --manager -v"}
 HELP = """usage: agent_key_request.py [--db SOURCE] [--timeout SECONDS] id AGENT_ID | ip ADDRESS
        agent_key_request.py --socket PATH id AGENT_ID | ip ADDRESS     (asks a running server)
        agent_key_request.py [--db SOURCE] --serve [--socket PATH] [--mode 0600] [--group NAME]
@@ -1540,26 +1536,28 @@ its --socket: %s. HOME: the manager's folder,
 %s.
 """ % (STORE, SOCKET, " or ".join(HOMES))
 
-class Mistake(Exception):
+class Mistake(Trouble):
     """A command line that a person has to correct, maybe the one in exec_path."""
 
 def task_of(options, words):
-    """What is asked for, REQUEST or one of COMMANDS; raises Mistake."""
-    task = ([name for name in options if name in COMMANDS] + [REQUEST])[0]
+    """What is asked for, `a request` or one of COMMANDS; raises Mistake."""
+    task = ([name for name in options if name in COMMANDS] + ["a request"])[0]
+    known = " ".join(GOES_WITH.values()).split() + ["--help", "--version"]
     for name, value in options.items():
-        if name not in GOES_WITH:
-            near = get_close_matches(name, list(GOES_WITH) + ["--help", "--version"], 1)
+        if name not in known:
+            near = get_close_matches(name, known, 1)
             raise Mistake(", but ".join(["there is no option %s" % name] + near))
-        if task not in GOES_WITH[name]:
+        if name not in GOES_WITH[task].split():
             raise Mistake("%s does not go with %s" % (name, task))
-        if bool(value) != (name in VALUES) and name != "--manager":
-            raise Mistake("%s needs a value: %s" % (name, VALUES[name]) if name in VALUES else
-                          "%s takes no value" % name)
+        if name in VALUES and not value and name != "--manager":
+            raise Mistake("%s needs a value: %s" % (name, VALUES[name]))
+        if value and name not in VALUES:
+            raise Mistake("%s takes no value" % name)
         if name in ("--timeout", "--workers") and not number_of(options, name, 0):
             raise Mistake("%s needs a number, more than 0 and at most 3600" % name)
         if name == "--mode" and not re.match("0?[0-7]{3}\\Z", value):
             raise Mistake("--mode needs three digits from 0 to 7, and maybe a 0 before, as in 0660")
-    if words and task != REQUEST:
+    if words and task != "a request":
         raise Mistake("no request goes with %s" % task)
     return task
 
@@ -1573,16 +1571,13 @@ def message_of(problem):
 
 def request(options, words, name):
     """A request to a database, a script or a running server."""
-    if "--socket" not in options:
-        if is_url(name):  # libpq warns of what it dislikes, and the manager would lose the answer
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        answer_once(words, name, number_of(options, "--timeout", SECONDS))
+    seconds = number_of(options, "--timeout", SECONDS)
+    if "--socket" in options:
+        os.write(1, ask_server(options["--socket"], words, seconds))
         return
-    try:
-        line = ask_server(options["--socket"], words, number_of(options, "--timeout", SECONDS))
-    except Reply as reply:
-        line = reply.line()
-    os.write(1, line)
+    if is_url(name):  # libpq warns of what it dislikes, and the manager would lose the answer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    answer_once(words, name, seconds)
 
 def main(options, words, name):
     """All but a request to a file: returns the exit status."""
@@ -1590,18 +1585,13 @@ def main(options, words, name):
     try:
         if {"-h", "--help"} & set(options):
             os.write(1, HELP.encode("ascii"))
-            return 0
-        if {"-V", "--version"} & set(options):
+        elif {"-V", "--version"} & set(options):
             with open(__file__, "rb") as script:
                 say(1, "%s.py %s sha256:%s" % (NAME, VERSION, sha256(script.read()).hexdigest()))
-            return 0
-        task = task_of(options, words)
-        if task in ("--check", "--enroll"):
-            return check(options, name) if task == "--check" else enroll(options, name)
-        if task == REQUEST:
-            request(options, words, name)
+        elif task_of(options, words) in COMMANDS:
+            return COMMANDS[task_of(options, words)](options, name) or 0
         else:
-            (import_agents if task == "--import" else serve)(options, name)
+            request(options, words, name)
         return 0
     except Mistake as mistake:
         status, message = 2, "%s (see --help)" % mistake
