@@ -1081,6 +1081,8 @@ def ask_server(path, words, seconds):
 APPLICATION_ID = 0x414B5251  # in the header of a store that an import made
 TABLE = """CREATE TABLE agent (id VARCHAR(8) NOT NULL, name VARCHAR(128) NOT NULL,
     ip VARCHAR(64) NOT NULL, agent_key VARCHAR(128) NOT NULL)"""
+BUILD = "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -30000; " \
+        "PRAGMA application_id = %d; %s" % (APPLICATION_ID, TABLE)
 INDEX = "CREATE INDEX agent_%s ON agent (%s)"
 TWICE = """SELECT agent.rowid, id, first FROM (SELECT {0} AS value, min(rowid) AS first FROM agent
     WHERE {0} NOT IN ('', '{1}') GROUP BY {0} HAVING count(*) > 1) CROSS JOIN agent ON
@@ -1088,31 +1090,27 @@ TWICE = """SELECT agent.rowid, id, first FROM (SELECT {0} AS value, min(rowid) A
 FINDINGS = 100              # that are told one by one
 
 class Report:
-    """What is found in a source, line by line or as JSON, and on a terminal how far it has come."""
+    """What is found in a source, line by line or kept for JSON, and how far a terminal is told it
+    has come. store: SQLite connection with the agents of the source that was copied, or None."""
 
     def __init__(self, stream, as_json=False):
         self.stream, self.as_json, self.findings, self.due = stream, as_json, [], 0.0
-        self.agents, self.count, self.terminal = 0, {"error": 0, "note": 0, "info": 0}, os.isatty(2)
+        self.agents, self.count, self.store = 0, {"error": 0, "note": 0, "info": 0}, None
+        self.terminal = os.isatty(2)
 
     def tell(self, level, text):
         """A finding. level: `error` for what makes a request fail, `note`, or `info` for none."""
-        finding = {"level": level, "text": text}
-        if finding in self.findings:
-            return  # a source that cannot be read is met more than once
         self.count[level] += 1
         if level == "info" or self.count["error"] + self.count["note"] <= FINDINGS:
-            self.findings.append(finding)
+            self.findings.append({"level": level, "text": text})
             if not self.as_json:
                 say(self.stream, text if level == "info" else "%s: %s" % (level, text))
 
-    def end(self, summary=""):
-        """The last lines, or all as JSON."""
+    def end(self):
+        """Say how many findings were not told."""
         more = self.count["error"] + self.count["note"] - FINDINGS
-        for text in ["... and %d more" % more] * (more > 0) + [summary] * bool(summary):
-            self.tell("info", text)
-        if self.as_json:
-            say(self.stream, to_json({"agents": self.agents, "errors": self.count["error"],
-                                      "notes": self.count["note"], "findings": self.findings}))
+        if more > 0:
+            self.tell("info", "... and %d more" % more)
 
     def progress(self):
         """Show how far it has come, at most five times a second; 0 for SQLite: go on."""
@@ -1121,15 +1119,14 @@ class Report:
             self.due = time.monotonic() + 0.2
         return 0
 
-    def records(self, source, notes_on=None, broken=False):
-        """Iterator of (line or row number, record) of the sound agents of a source; of the others
-        it tells what is wrong, and gives them without that if `broken`. notes_on: function that
-        gives what else to tell of a sound one."""
+    def records(self, source, notes_on=None):
+        """Iterator of (line or row number, record) of the agents of a source, after telling what
+        is wrong; a field that breaks a rule is empty then. notes_on: function that gives what else
+        to tell of a sound one."""
         source.deadline = time.monotonic() + 86400  # for all of them
         for number, row in source.rows():
             self.agents += 1
-            if self.terminal:
-                self.progress()
+            self.progress()
             record, faults = judge(row)
             if faults or notes_on:
                 where = "%s %d: %s: " % (source.unit, number, agent_of(record))
@@ -1137,24 +1134,24 @@ class Report:
                     self.tell(level, where + text)
             for fault in faults:
                 record[fault.split()[0]] = ""
-            if broken or not faults:
-                yield number, record
+            yield number, record
 
-    def copy(self, source, store, notes_on=None):
+    def copy(self, source, path="", notes_on=None):
         """Copy the agents of a source into a new SQLite database, and tell of those who have the
-        id, the name or the address of an earlier one."""
+        id, the name or the address of an earlier one. path: of an empty file; "": a temporary."""
+        store = sqlite3.connect(path)
         store.set_progress_handler(self.progress, 100000)
-        store.execute("BEGIN")
-        store.execute(TABLE)
+        store.executescript(BUILD)
         store.executemany(
             "INSERT INTO agent (rowid, id, name, ip, agent_key) VALUES (?, ?, ?, ?, ?)",
-            ((number, *record.values()) for number, record in self.records(source, notes_on, True)))
+            ((number, *record.values()) for number, record in self.records(source, notes_on)))
         for field in ("id", "name", "ip"):
             store.execute(INDEX % (field, field))
             for number, agent, first in store.execute(TWICE.format(field, "any" * (field == "ip"))):
                 self.tell("error", "%s %d: %s: %s is already that of %s %d" % (
                     source.unit, number, agent_of({"id": agent}), field, source.unit, first))
-        store.execute("COMMIT")
+        store.commit()
+        self.store = store
 
 def counted(number, what):
     """`1 agent`, `2 agents`."""
@@ -1171,24 +1168,25 @@ def whole(lines, before):
         raise Trouble("line %d has no end; if it is whole, end it with a newline" % number)
 
 def refuse_to_replace(path):
-    """Raise Trouble unless nothing stands at the path, or a store as an import made it."""
+    """Raise Trouble unless nothing stands at the path, an empty file, or a store that an import
+    made; OSError for what may not be read."""
     what = ""
-    for suffix in ("-journal", "-wal"):
-        if os.path.lexists(path + suffix):
-            what = "a database that somebody is writing (%s%s)" % (path, suffix)
-    if os.path.exists(path) and not os.path.isfile(path):
+    busy = [path + suffix for suffix in ("-journal", "-wal") if os.path.lexists(path + suffix)]
+    if busy:
+        what = "a database that somebody is writing (%s)" % busy[0]
+    elif os.path.exists(path) and not os.path.isfile(path):
         what = "no regular file"
-    elif not what and os.path.exists(path) and os.path.getsize(path):
-        with open(path, "rb") as file:
-            made = file.read(72)[68:] == struct.pack(">I", APPLICATION_ID)
+    elif os.path.exists(path) and os.path.getsize(path):
+        open(path, "rb").close()  # or the system says better why not
         try:
             uri = "file:%s?immutable=1" % quote(os.fsencode(path))
             with contextlib.closing(sqlite3.connect(uri, uri=True)) as store:
-                tables = store.execute("SELECT DISTINCT tbl_name FROM sqlite_master").fetchall()
-                if not made or tables != [("agent",)]:
-                    what = "a database of somebody's own"
+                made = store.execute("PRAGMA application_id").fetchall()
+                made += store.execute("SELECT DISTINCT tbl_name FROM sqlite_master").fetchall()
+                if made == [(APPLICATION_ID,), ("agent",)]:
+                    store.execute("SELECT count(*) FROM agent").fetchall()
                 else:
-                    store.execute("SELECT count(*) FROM agent").fetchone()
+                    what = "a database of somebody's own"
         except sqlite3.Error:
             what = "no SQLite database, or a damaged one"
     if what:
@@ -1196,41 +1194,40 @@ def refuse_to_replace(path):
 
 def claim(path):
     """A new file to build a store in, locked until this process ends; raises Trouble or OSError.
-    What an import that was killed has left there is cleared away."""
-    for _ in range(3):
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            break
-        status = os.fstat(lock)
-        is_there = os.path.exists(path) and os.stat(path).st_ino == status.st_ino
-        if is_there and (status.st_uid, status.st_nlink, status.st_size, status.st_mode) == (
-                os.geteuid(), 1, 0, 0o100600):
-            return lock
-        if is_there:  # or another import has just ended
-            os.unlink(path)
-        os.close(lock)
-    raise Trouble("another import builds %s: try again when it has ended" % path)
+    What a killed import has left there, or somebody else, is cleared away."""
+    try:
+        there = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(there, path):  # else another import has just ended
+                os.unlink(path)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except (BlockingIOError, FileExistsError):
+        raise Trouble("another import builds %s: try again when it has ended" % path) from None
 
 def import_agents(options, name):
-    """Make `--db` hold what `--import` names, or leave it as it is and raise Reply or Trouble."""
-    path, origin, report, lock = os.path.realpath(name), options["--import"], Report(2), None
-    beside, folder, ends = path + ".import", os.path.dirname(path), (SIGINT, SIGTERM)
+    """Make `--db` hold what `--import` names, or leave it as it is and raise Trouble or OSError."""
     if is_url(name) or is_script(name):
         raise Trouble("--import makes an SQLite file, and what --db names is none")
+    path, origin, report = os.path.realpath(name), options["--import"], Report(2)
+    beside, folder, ends = path + ".import", os.path.dirname(path), (SIGINT, SIGTERM)
     if name == STORE and not os.path.isdir(folder):
         os.mkdir(folder, 0o700)
+    refuse_to_replace(path)
+    pthread_sigmask(SIG_BLOCK, ends)
+    lock = claim(beside)
     try:
         for number in ends:
             signal(number, signals.default_int_handler)
-        refuse_to_replace(path)
-        pthread_sigmask(SIG_BLOCK, ends)
-        lock = claim(beside)
         pthread_sigmask(SIG_UNBLOCK, ends)
         source = open_text(open(0, "rb", closefd=False), "standard input", whole) if (
             origin == "-") else open_source(origin, number_of(options, "--timeout", SECONDS), whole)
-        build_store(beside, source, report)
+        report.copy(source, beside)
+        report.end()
+        if report.count["error"]:
+            raise Trouble(counted(report.count["error"], "fault"))
         if origin == "-" and not report.agents:  # who writes it may have died
             raise Trouble("no agent there")
         os.fsync(lock)
@@ -1242,8 +1239,7 @@ def import_agents(options, name):
         os.rename(beside, path)
     except (Reply, Trouble, OSError, sqlite3.Error, KeyboardInterrupt) as problem:
         pthread_sigmask(SIG_BLOCK, ends)
-        if lock is not None:
-            os.unlink(beside)
+        os.unlink(beside)
         reason = "interrupted" if str(problem) in ("", "interrupted") else message_of(problem)
         raise Trouble("%s: %s, nothing imported, %s is as it was" % (
             {"-": "standard input"}.get(origin, "the database" if is_url(origin) else origin),
@@ -1252,39 +1248,27 @@ def import_agents(options, name):
     if report.terminal or "-v" in options:
         say(2, "%s imported into %s" % (counted(report.agents, "agent"), path))
 
-def build_store(path, source, report):
-    """Copy all the agents of a source into an empty file; raises Trouble if one is faulty."""
-    store = sqlite3.connect(path, isolation_level=None)
-    store.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = "
-                        "-30000; PRAGMA application_id = %d" % APPLICATION_ID)
-    report.copy(source, store)
-    store.close()
-    report.end()
-    if report.count["error"]:
-        raise Trouble(counted(report.count["error"], "fault"))
-
 def notes_on(row, record):
-    """What a person should know of an agent that breaks no rule: list of (level, text)."""
-    found = []
+    """What a person should know of an agent that breaks no rule: iterator of (level, text)."""
     for field, stored in (("id", row[0]), ("ip", row[2])):
         right = record[field]
         if right in ("any", stored) or not isinstance(stored, (str, bytes)):
             continue
         if stored not in parse_request([field, right.partition("/")[0]])[1]:
-            found.append(("error", "no request finds its %s as it is stored: %s is right, and "
-                          "--import would mend it" % (field, right)))
-    found += [("note", field + " has 128 characters; the manager reads 127 back")
-              for field in ("name", "key") if len(record[field]) == 128]
+            yield ("error", "no request finds its %s as it is stored: %s is right, and --import "
+                   "would mend it" % (field, right))
+    for field in ("name", "key"):
+        if len(record[field]) == 128:
+            yield "note", field + " has 128 characters; the manager reads 127 back"
     if record["name"] == os.uname().nodename:
-        found.append(("error", "name is this host's own: its manager refuses that"))
-    return found
+        yield "error", "name is this host's own: its manager refuses that"
 
 def check_source(name, seconds, report):
     """Tell what a person wants to know before trusting a source."""
     source = open_source(name, seconds)
-    of_server, store = isinstance(source, Database), sqlite3.connect("", isolation_level=None)
-    report.copy(source, store, lambda row, record: notes_on(  # servers take padding for nothing
-        [text_of(field) for field in row] if of_server else row, record))
+    of_server = isinstance(source, Database)
+    report.copy(source, notes_on=lambda row, record: notes_on(
+        list(map(text_of, row)) if of_server else row, record))  # servers take padding for nothing
     if not isinstance(source, TextSource) and not is_script(name):
         for request in (["id", NOBODY], ["ip", "0.0.0.1"]):
             source.find(*parse_request(request))  # a column's type may not go with it
@@ -1432,12 +1416,13 @@ class Manager:
 
     def compare(self, name, report):
         """Tell how many agents of the source the manager has."""
-        source, keys = open_source(name, SECONDS), open_source(
-            self.home + "/etc/client.keys", SECONDS)
-        enrolled = {record["id"]: record for record in (judge(row)[0] for _, row in keys.rows())}
-        source.deadline = time.monotonic() + 86400  # for all of them
-        there = [enrolled[record["id"]] == record if record["id"] in enrolled else None
-                 for record in (judge(row)[0] for _, row in source.rows())]
+        if not report.store:
+            return  # it could not be read
+        keys = open_source(self.home + "/etc/client.keys", SECONDS)
+        kept = (tuple(judge(row)[0].values()) for _, row in keys.rows())
+        enrolled = {agent[0]: agent for agent in kept}
+        there = [enrolled[agent[0]] == agent if agent[0] in enrolled else None
+                 for agent in report.store.execute(ROWS)]
         report.tell("info", "%s: %d enrolled, %d not, %d with another name, address or key" % (
             name, there.count(True), there.count(None), there.count(False)))
 
@@ -1481,6 +1466,8 @@ def enroll(options, name):
     source = open_source(name, number_of(options, "--timeout", SECONDS))
     try:
         for number, record in report.records(source):
+            if not all(record.values()):
+                continue
             is_new, problem = manager.enroll(record)
             added += is_new
             if problem:
@@ -1507,8 +1494,12 @@ def check(options, name):
             step()
         except (Reply, OSError, sqlite3.Error) as problem:
             report.tell("error", message_of(problem))
-    report.end("%s, %s, %s" % (counted(report.agents, "agent"), counted(
+    report.end()
+    report.tell("info", "%s, %s, %s" % (counted(report.agents, "agent"), counted(
         report.count["error"], "error"), counted(report.count["note"], "note")))
+    if report.as_json:
+        say(1, to_json({"agents": report.agents, "errors": report.count["error"],
+                        "notes": report.count["note"], "findings": report.findings}))
     return 1 if report.count["error"] else 0
 
 

@@ -864,7 +864,7 @@ def test_what_one_may_not(open_folder: Path, nobody: int) -> None:
 
 # ---------------------------------------------------------------- at any moment
 
-STEPS = ("import_agents", "claim", "build_store", "copy", "records", "refuse_to_replace", "whole")
+STEPS = ("import_agents", "claim", "copy", "records", "refuse_to_replace", "whole")
 
 
 def at_line(number: int, what: signal.Signals) -> Callable[[], None]:

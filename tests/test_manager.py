@@ -656,14 +656,13 @@ def test_counts(case: str, home: Home, store: Path, command: Callable[..., Said]
 
 
 def test_counting_many_may_take_its_time(
-    home: Home, stores: Stores, monkeypatch: pytest.MonkeyPatch
+    home: Home, stores: Stores, command: Callable[..., Said]
 ) -> None:
     """A million agents take longer than a request may."""
-    monkeypatch.setattr(script, "SECONDS", 0.001)
     rows = ((f"{number:05d}", f"n{number}", "any", "x") for number in range(10_000, 30_000))
-    report = script.Report(1, True)
-    script.Manager({"--manager": str(home.path)}).compare(str(stores.sqlite(rows)), report)
-    assert "20000 not" in report.findings[-1]["text"]
+    said = command("--check", "--manager", home.path, "--timeout", "0.001", "--db",
+                   stores.sqlite(rows))
+    assert "20000 not" in said.out[-2]
 
 
 # ---------------------------------------------------------------- --enroll
