@@ -892,7 +892,7 @@ def at_line(number: int, what: signal.Signals) -> Callable[[], None]:
             if not number:
                 os.write(1, b"%d" % count)
 
-        script.import_agents = traced
+        script.COMMANDS["--import"] = traced
 
     return before
 
