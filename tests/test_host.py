@@ -156,10 +156,11 @@ def test_a_python_without_sqlite3(ask_each: Caller, stores: Stores) -> None:
     """As that of Debian's python3-minimal: it answers from text, and says what it lacks."""
     stand_in(ask_each, "python3", MINIMAL.format(python=ask_each.python.path))
     assert ask_each("id", "001", db=stores.keys()).data == DATA
-    assert ask_each("id", "001", db=stores.csv()).data == DATA
+    assert ask_each("--timeout", "5", "id", "001", db=stores.csv()).data == DATA
     for source in stores.sqlite(), SAMPLE, "mysql://user@host/database":
-        answer = ask_each("id", "001", db=source)
-        assert answer.error == 2
+        done = start(ask_each, "--db", source, "id", "001")
+        answer = check_answer(Answer(done.stdout, done.returncode))
+        assert answer.error == 2 and not done.stderr
         for word in ask_each.python.path, "_sqlite3", "install", "python3":
             assert word in answer.message
     for words in COMMANDS:

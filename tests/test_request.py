@@ -10,15 +10,17 @@ import os
 import pty
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import KEY, SAMPLE, SCRIPT, Caller, Record, Stores, script
-from manager import MESSAGE_SIZE
+from manager import MESSAGE_SIZE, check_line
 
 DATA = Record()._asdict()
 FOUND = (
@@ -170,6 +172,47 @@ def test_the_deadline(ask_each: Caller, stores: Stores, locked: Callable[[Path],
         assert answer.seconds < NOISE
 
 
+def hang() -> None:
+    time.sleep(2 * NOISE)  # which a signal ends
+
+
+def disk_error() -> None:
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("fault", "seconds", "number", "said"),
+    [
+        (hang, 0.2, 2, r"Cannot read key source: a\.csv: no answer in time \(--timeout\)"),
+        (disk_error, NOISE, 2, r"Cannot read key source: a\.csv: Input/output error"),
+        ({}.popitem, NOISE, 9, "Internal error: KeyError in line [0-9]+ of the script"),
+    ],
+)
+def test_a_source_that_hangs_or_fails_like_none(
+    fault: Callable[[], object],
+    seconds: float,
+    number: int,
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A query's own time ends before the alarm, which cannot say what held it up."""
+    def open_source(name: str, shorter: float) -> None:
+        assert name == "a.csv" and 0 < shorter < seconds
+        fault()
+
+    logged: list[tuple[int, str]] = []
+    monkeypatch.setattr(script, "open_source", open_source)
+    monkeypatch.setattr(script, "tell_syslog", lambda *what: logged.append(what))
+    before = signal.getsignal(signal.SIGALRM)
+    script.answer_once(["id", "001"], "a.csv", seconds)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    signal.signal(signal.SIGALRM, before)
+    reply = check_line(capfd.readouterr().out.encode())
+    assert reply["error"] == number and re.fullmatch(said, reply["message"])
+    assert logged == [(number, "id 001: " + reply["message"])]
+
+
 def test_what_is_no_source(ask: Caller, stores: Stores) -> None:
     """Each is named, none is waited for, and nothing of it is shown."""
     sound = stores.sqlite()
@@ -287,7 +330,13 @@ def test_a_mistake_among_the_options(
 
 def test_a_mistake_as_a_process(ask_each: Caller, stores: Stores) -> None:
     """Status 2, of which the manager warns; and nothing is done."""
-    for words in ["--db", stores.folder / "a.db", "--import", SAMPLE, "--chek"], ["-x", "id", "1"]:
+    store = stores.folder / "a.db"
+    for words in (
+        ["--db", store, "--import", SAMPLE, "--chek"],
+        ["-x", "id", "001"],
+        ["--timeout", "0", "id", "001"],
+        ["--db=", "id", "001"],
+    ):
         done = start(ask_each, *words)
         assert (done.returncode, done.stdout) == (2, b"")
         assert re.fullmatch(rb"agent_key_request: error: .+\n", done.stderr)
@@ -316,6 +365,7 @@ def test_help(ask_each: Caller) -> None:
         *("--db", "--timeout", "--socket", "--serve", "--mode", "--group", "--workers", "--import"),
         *("--check", "--json", "--manager", "--enroll", "--version", "--help", " id ", " ip "),
         *(script.STORE, "$AGENT_KEY_DB", "mysql://", "postgresql://", ".sql", "client.keys"),
+        f"--timeout: {script.SECONDS:g} s",
     ):
         assert word in text, word
     assert all(len(line) <= 100 for line in text.splitlines())

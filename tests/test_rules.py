@@ -276,6 +276,12 @@ def test_an_address_as_numbers(text: str) -> None:
     assert script.parse_network(text) == PARSED[text]
 
 
+def test_a_prefix_that_is_longer_than_its_address() -> None:
+    for text in ("1.2.3.4/33", "::1/129", "::ffff:1.2.3.4/129"):
+        with pytest.raises(ValueError, match="not a prefix length"):
+            script.parse_network(text)
+
+
 def oracle(text: str) -> str | None:
     """What `ipaddress` makes of a stored ip: its one spelling, or None for a fault."""
     if text.lower() in ("", "any"):
@@ -659,7 +665,7 @@ def test_json_of_what_is_not_printable_is_a_question_mark() -> None:
     for number in (*range(0x300), 0x2028, 0xD800, 0xDC80, 0xFEFF, 0xFFFF, 0x1F600):
         shown = chr(number) if 32 <= number < 127 else "?"
         assert script.printable(chr(number)) == shown
-        assert script.printable(f"a{chr(number)}b{chr(number)}") == f"a{shown}b{shown}"
+        assert script.printable(f" {chr(number)}~{chr(number)}") == f" {shown}~{shown}"
         assert json.loads(script.to_json(f"a{chr(number)}b")) == f"a{shown}b"
     assert script.printable("") == ""
 
@@ -726,6 +732,14 @@ def test_what_nobody_has_foreseen(error: BaseException) -> None:
     expected = f"Internal error: {name} in line {line} of the script"
     reply = check_line(script.answer(["id", "001"], find_source).line())
     assert reply == {"error": 9, "message": expected}
+
+
+def test_what_nobody_has_foreseen_of_the_system() -> None:
+    """As by a worker: its own words, without the name."""
+    with pytest.raises(OSError) as caught:
+        raise OSError(24, "Too many open files", SECRET)
+    message = script.unforeseen(caught.value).message
+    assert re.fullmatch("Internal error: Too many open files in line [0-9]+ of the script", message)
 
 
 def test_what_ends_a_process_is_not_held_up() -> None:
