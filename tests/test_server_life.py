@@ -344,8 +344,7 @@ def test_no_room_for_another_process(open_script: Path, nobody: int) -> None:
     folder = open_script.parent
     os.chown(folder, nobody, -1)
     store, path = Stores(folder).keys(records(3)), folder / "s"
-    command = serve_command(store, path, "--workers", "2")
-    command[command.index(str(SCRIPT))] = str(open_script)
+    command = [str(open_script), *serve_command(store, path, "--workers", "2")[3:]]
     with started(command, path, user=nobody) as server:
         server.wait_line("ready")
         most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
