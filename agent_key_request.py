@@ -68,7 +68,6 @@ VERSION = "2.0.0"
 STORE = "/var/lib/agent-key-request/agents.db"  # without --db and $AGENT_KEY_DB
 NAME = "agent_key_request"  # before each line for people
 SECONDS = 10.0  # for one request; the manager's own patience is 60 s
-MESSAGE_LENGTH = 500  # characters; the manager reads 65,536 bytes, once
 MESSAGES = {  # of an answer, by its error number; what ends with a space or colon takes a detail
     0: "key handed out: ", 1: "Too few arguments", 2: "Cannot read key source: ",
     3: "Bad arguments given", 4: "No agent key found", 5: "Found more than one match for required ",
@@ -100,7 +99,8 @@ class Reply(Exception):
     def __init__(self, number, detail="", record=None):
         super().__init__(number)
         self.number, self.record = number, record
-        self.message = printable(MESSAGES[number] + detail)[:MESSAGE_LENGTH]
+        text = printable(MESSAGES[number] + detail)  # of one that is too long, both its ends
+        self.message = text if len(text) <= 500 else text[:200] + " ... " + text[-295:]
 
     def line(self):
         """The bytes that go out, by either method."""
@@ -126,7 +126,6 @@ def to_json(value):
     if isinstance(value, list):
         return "[%s]" % ", ".join(map(to_json, value))
     return "%d" % value
-
 
 # -------------------------------------------------------------------------------------- the record
 
@@ -199,6 +198,8 @@ def judge(row):
     which checks next to nothing. record: dict of str; faults: those of the RULES that it breaks."""
     stored_id, name, ip, key = row
     record = {"id": id_of(stored_id), "name": text_of(name), "ip": "", "key": text_of(key)}
+    if isinstance(key, float):
+        record["key"] = ""  # a column for numbers took it for one, and has changed it
     try:
         record["ip"] = canonical(text_of(ip))
     except ValueError:
@@ -216,7 +217,6 @@ def agent_of(record):
     agent = record["id"]
     return "agent " + (agent if is_text(agent, DIGITS, 1, 8) else
                        "with an id of %d characters" % len(agent))
-
 
 # ------------------------------------------------------------------------ what a request looks for
 
@@ -257,7 +257,6 @@ def best(rows, field, texts):
     closest = min([rank for rank, _ in ranked], default=0)
     return [row for rank, row in ranked if rank == closest]
 
-
 # -------------------------------------------------------------------------------- sources in files
 
 def check_file(name):
@@ -265,6 +264,8 @@ def check_file(name):
     his group and root can have put an agent into it, or something in its place; raises Reply."""
     path, problem = name, ""
     try:
+        if posix.stat(path).st_mode & 0o170000 != 0o100000:
+            raise Reply(2, "%s: not a regular file" % name)
         for _ in range(40):  # links: as many as the kernel follows
             folder = path.rpartition("/")[0] + "/" if "/" in path else "./"
             if posix.stat(folder).st_mode & 0o002:
@@ -275,10 +276,6 @@ def check_file(name):
                 break
             path = link if link.startswith("/") else folder + link
         status = posix.stat(path)
-        if status.st_mode & 0o170000 != 0o100000:
-            problem = "not a regular file"
-        elif not posix.access(path, posix.R_OK):
-            problem = "Permission denied"
         for beside in ("", "-wal", "-shm", "-journal"):  # SQLite takes what is there for its own
             if beside and not posix.access(path + beside, posix.F_OK):
                 continue
@@ -330,7 +327,7 @@ class SqliteSource:
     unit, scheme = "row", "sqlite"
 
     def __init__(self, connection, name, seconds, frozen=False):
-        self.connection, self.name, self.frozen, self.typeless = connection, name, frozen, None
+        self.connection, self.name, self.frozen, self.typed = connection, name, frozen, None
         self.deadline = time.monotonic() + seconds
         connection.text_factory = lambda text: str(text, "latin-1")  # beyond ASCII breaks all rules
         connection.set_progress_handler(lambda: time.monotonic() > self.deadline, 100000)
@@ -345,13 +342,13 @@ class SqliteSource:
             raise Reply(2, "%s: %s" % (self.name, reason_of(error))) from None
 
     def find(self, field, texts):
-        """The rows in which the field is one of the texts, or the number that an id is: a column
-        without a type (PRAGMA table_info) may hold either."""
-        if self.typeless is None:
-            columns = self.query("PRAGMA table_info(agent)")
-            self.typeless = {name.lower() for _, name, kind, *_ in columns
-                             if not kind or "BLOB" in kind.upper()}
-        values = texts + [int(texts[0])] if field == "id" and "id" in self.typeless else texts
+        """The rows in which the field is one of the texts, or the number that an id is, unless the
+        column has a type that decides which of them it holds."""
+        if self.typed is None:
+            types = {column[1].lower(): column[2].upper()
+                     for column in self.query("PRAGMA table_info(agent)")}
+            self.typed = types.get("id", "") not in ("", "ANY") and "BLOB" not in types["id"]
+        values = texts if self.typed or field == "ip" else texts + [int(texts[0])]
         return list(self.query(query_for(field, "?", len(values)), values))
 
     def rows(self):
@@ -397,19 +394,20 @@ def client_keys(lines):
     """The rows of a manager's client.keys."""
     for line in lines:
         row = line.split(" ", 3)
-        yield row if len(row) == 4 else (line.rstrip("\r\n").split(" ") + [MISSING] * 3)[:4]
+        yield row if len(row) == 4 else line.rstrip("\r\n").split(" ") + [MISSING] * 3
 
 def agent_in_keys(row):
     """A row of client.keys, None for a comment or a removed agent."""
-    if not row[0].rstrip("\r\n") or row[0][0] == "#" or row[1][:1] in ("!", "#"):
+    if row[0][:1] in ("", "#") or row[1][:1] in ("!", "#"):
         return None
     return row[:3] + [row[3].rstrip("\r\n")]
 
-def delimited(lines, name, header, delimiter, places):
-    """The rows of CSV, or of what `mysql --batch` writes, after `header` lines; raises Reply."""
+def delimited(lines, name, header, delimiter, places, width):
+    """The rows of CSV, or of what `mysql --batch` writes, after `header` lines; raises Reply.
+    places: of the FIELDS among the columns; width: how many columns there are."""
     import csv
     from operator import itemgetter
-    tabs, pick, width = delimiter == "\t", itemgetter(*places), max(places) + 1
+    tabs, pick = delimiter == "\t", itemgetter(*places)
     csv.field_size_limit(sys.maxsize)  # somebody else's long field must not end the reading
     reader = csv.reader(lines, delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
@@ -421,6 +419,8 @@ def delimited(lines, name, header, delimiter, places):
                 raise csv.Error
             number += 1
             row = pick(fields if len(fields) >= width else fields + [MISSING] * width)
+            if len(fields) > width and any(fields[width:]):
+                row = row[:3] + (MISSING,)  # a key may have been cut at a delimiter in it
             yield BLANK if not fields else [unescaped(field) for field in row] if tabs else row
     except csv.Error:
         raise Reply(2, "%s: line %d: a broken quote, a row that spans lines, or a NUL" % (
@@ -440,27 +440,28 @@ def open_text(stream, name, whole):
     import csv
     from io import TextIOWrapper
     from itertools import chain
-    head = [stream.readline().decode("latin-1").replace("\xef\xbb\xbf", "", 1)]  # a BOM
+    line = stream.readline().decode("latin-1")
+    head = [line[3:] if line.startswith("\xef\xbb\xbf") else line]  # without a BOM
     while head[-1] and head[-1][0] in "# \r\n":
         head.append(stream.readline().decode("latin-1"))
-    first, delimiter, is_csv = head[-1].strip("\r\n"), "", False
+    first, is_csv = head[-1].strip("\r\n"), False
     for delimiter in ",;\t":
         try:
-            columns = next(csv.reader([first.lower()], delimiter=delimiter), [])
+            columns = next(csv.reader([first.lower()], delimiter=delimiter))
         except csv.Error:
-            columns = []
+            continue
         columns = [column.strip(" ") for column in columns]
-        if "id" in columns and len(columns) > 1:
-            is_csv = True
+        is_csv = "id" in columns
+        if is_csv:
             break
     lines = TextIOWrapper(stream, encoding="latin-1", newline="" if is_csv else "\n")
     whole = whole or (lambda lines, _: lines)
     if is_csv:
-        key = "key" if "key" in columns else "agent_key"
-        if not {"name", "ip", key} < set(columns):
-            raise Reply(2, "%s: its header lacks one of id, name, ip and key (or agent_key)" % name)
-        places = [columns.index(field) for field in ("id", "name", "ip", key)]
-        rows = delimited(whole(lines, head), name, len(head), delimiter, places)
+        wanted = ["id", "name", "ip", "key" if "key" in columns else "agent_key"]
+        if [columns.count(column) for column in wanted] != [1, 1, 1, 1]:
+            raise Reply(2, "%s: its header needs id, name, ip and key (or agent_key) once" % name)
+        places = [columns.index(column) for column in wanted]
+        rows = delimited(whole(lines, head), name, len(head), delimiter, places, len(columns))
         return TextSource(rows, len(head) + 1, lambda row: None if row is BLANK else row)
     words = first.split(" ", 3) + [""] * 3
     is_agent = words[3] and (not words[0].strip(DIGITS) or words[2] == "any" or (
@@ -469,7 +470,6 @@ def open_text(stream, name, whole):
         return TextSource(client_keys(whole(chain(head, lines), [])), 1, agent_in_keys)
     raise Reply(2, "%s: %s" % (name, "no SQLite database, CSV with a header (id, name, ip, key), "
                                "client.keys or script named .sql" if first else "it is empty"))
-
 
 # -------------------------------------------------------------------------------------- the answer
 
@@ -505,12 +505,13 @@ def without_module(error):
 
 def unforeseen(error):
     """The Reply for an exception that nobody has foreseen; its own text could hold a key."""
-    trace = error.__traceback__
-    while trace.tb_next:
+    trace, line = error.__traceback__, 0
+    while trace:
+        if trace.tb_frame.f_code.co_filename == unforeseen.__code__.co_filename:
+            line = trace.tb_lineno
         trace = trace.tb_next
     what = getattr(error, "strerror", None) or type(error).__name__
-    return Reply(9, "%s in line %d of the script" % (what, trace.tb_lineno))
-
+    return Reply(9, "%s in line %d of the script" % (what, line))
 
 # ----------------------------------------------------------------------------------- command line
 
@@ -530,15 +531,17 @@ def split_command_line(arguments):
 
 def number_of(options, name, default):
     """A numeric option: a float, more than 0 and at most 3600, or 0 for what is none."""
-    try:
-        number = float(options.get(name, default))
-    except ValueError:
-        number = 0.0
-    return number if 0 < number <= 3600 else 0.0
+    text = str(options.get(name, default))
+    number = float(text) if is_text(text.replace(".", "", 1), DIGITS, 1, 8) else 0.0
+    return number if number <= 3600 else 0.0
 
 def say(stream, text):
-    """A line for people, on 1 or 2."""
-    posix.write(stream, printable(text).encode("ascii") + b"\n")
+    """A line for people, on 1, or on 2, where it may be lost; raises OSError for 1."""
+    try:
+        posix.write(stream, printable(text).encode("ascii") + b"\n")
+    except OSError as error:
+        if stream == 1:
+            raise OSError(error.errno, error.strerror, "standard output") from None
 
 def tell_syslog(is_error, text):
     """A line to syslog, where an administrator looks for what the manager does not tell him."""
@@ -547,7 +550,6 @@ def tell_syslog(is_error, text):
     setitimer(ITIMER_REAL, 1, 0.5)  # or a log that nobody reads would hold us here for ever
     syslog.openlog(NAME, syslog.LOG_PID, syslog.LOG_AUTHPRIV)
     syslog.syslog(syslog.LOG_ERR if is_error else syslog.LOG_INFO, printable(text))
-    setitimer(ITIMER_REAL, 0)
 
 def answer_once(words, name, seconds):
     """The executable method: answers on standard output, then tells syslog."""
@@ -626,7 +628,6 @@ NOBODY = "00000000"         # an id that no agent has
 
 class Trouble(Exception):
     """What keeps a person's command from its work: told on stderr, with exit status 1."""
-
 
 # ---------------------------------------------------------------------------- databases and scripts
 
@@ -769,7 +770,6 @@ def open_script(name, seconds, whole):
         raise Reply(2, "%s: line %d: %s" % (name, script.count("\n", 0, start) + 1, problem))
     return source
 
-
 # ------------------------------------------------------------------------------------- the server
 
 SOCKET = "/run/agent-key-request/socket"
@@ -881,10 +881,14 @@ class Server(socketserver.UnixStreamServer):
             os.mkdir(folder, 0o755)
         if not os.path.isdir(folder):
             raise Trouble("the folder %s is missing" % folder)
+        if len(os.fsencode(path)) > 107:
+            raise Trouble("%s: too long for a socket (107 bytes)" % path)
+        own = os.getegid()
         try:
-            number = grp.getgrnam(group).gr_gid if group else os.getegid()
-        except KeyError:
-            raise Trouble("--group %s: there is no such group" % group) from None
+            os.setegid(grp.getgrnam(group).gr_gid if group else own)
+        except (KeyError, PermissionError):
+            raise Trouble("--group %s: there is no such group, or it is none of this user's"
+                          % group) from None
         lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -899,16 +903,25 @@ class Server(socketserver.UnixStreamServer):
                     self.socket.connect_ex(path) != errno.ECONNREFUSED):
                 raise Trouble("%s: another program listens there, or it is no socket" % path)
             os.unlink(path)
-        own, mask = os.getegid(), os.umask(0o777 & ~int(mode, 8))
-        os.setegid(number)
+        mask = os.umask(0o777 & ~int(mode, 8))
         self.server_bind()
         self.server_activate()
         os.setegid(own)
         os.umask(mask)
         self.path, self.inode = path, os.stat(path).st_ino
 
+    def load(self):
+        """For the parent: see that the source can be read, and read a text or script to its end,
+        once: a worker could meet it half-written. Raises Reply or OSError; what there was stays."""
+        source = open_source(self.name, self.seconds)
+        if isinstance(source, TextSource) or is_script(self.name):
+            self.memory = Memory(source)
+        else:
+            source.find(*parse_request(["id", NOBODY]))
+            self.memory = None
+
     def find_source(self):
-        """The source as it is now; raises Reply or OSError."""
+        """For a worker: the source as it is now; raises Reply or OSError."""
         if self.memory:
             return self.memory
         if not is_url(self.name):
@@ -917,33 +930,19 @@ class Server(socketserver.UnixStreamServer):
             if stamp != self.stamp or self.source and self.source.frozen:
                 self.source, self.stamp = None, stamp
         if self.source is None:
-            self.source = open_source(self.name, self.seconds)
-            if isinstance(self.source, TextSource) or is_script(self.name):
-                self.memory, self.source = Memory(self.source), None
-                return self.memory
+            source = None if is_script(self.name) else open_source(self.name, self.seconds)
+            if source is None or isinstance(source, TextSource):
+                raise Reply(2, "%s: not read yet: a server reads it at SIGHUP" % self.name)
+            self.source = source
         self.source.deadline = time.monotonic() + self.seconds
         return self.source
 
-    def read_source(self):
-        """For the parent: see that the source can be read, and read what is to be in memory; if
-        that fails, raises Reply or OSError, and what there was stays."""
-        kept, self.memory = self.memory, None
-        try:
-            self.find_source().find(*parse_request(["id", NOBODY]))
-        except (Reply, OSError):
-            self.memory = kept
-            raise
-        finally:
-            self.source = None  # each worker opens its own
-
     def work(self, parent):
         """Answer one by one, until the socket is closed or shut down or the parent ends."""
-        while True:
+        while os.getppid() == parent:
             try:
                 connection, address = self.get_request()
             except BlockingIOError:  # nobody came for a second (SO_RCVTIMEO)
-                if os.getppid() != parent:
-                    return
                 continue
             except OSError as error:
                 if error.errno in (errno.EBADF, errno.EINVAL):
@@ -977,41 +976,50 @@ class Server(socketserver.UnixStreamServer):
         finally:
             os._exit(1)
 
-    def start_workers(self):
-        """Start as many as there are to be, and retire those there are."""
-        old, self.workers = self.workers, dict.fromkeys(self.workers, False)
-        for _ in range(self.count):
-            self.start_worker()
-        for process in old:
-            os.kill(process, RETIRE)
+    def keep_workers(self):
+        """Start as many as are missing; the system may have no room for one."""
+        try:
+            while sum(self.workers.values()) < self.count:
+                self.start_worker()
+        except OSError as error:
+            self.log.write(True, "no worker can be started: %s" % error.strerror)
 
     def collect(self):
-        """See which workers have ended, and replace those that should not have."""
+        """See which workers have ended, and tell of those that should not have."""
         for _ in list(self.workers):
             process, status = os.waitpid(-1, os.WNOHANG)
             if self.workers.pop(process, False) and not self.ending:
                 how = "signal %d" % (status & 127) if status & 127 else "status %d" % (status >> 8)
                 self.log.write(True, "worker %d ended, %s; another replaces it" % (process, how))
                 time.sleep(0.05)  # or workers that end at once would take all the processors
-                self.start_worker()
+
+    def reload(self):
+        """Read the source again, and replace all workers; if it cannot be read, go on as before."""
+        try:
+            self.load()
+        except (Reply, OSError) as problem:
+            self.log.write(True, message_of(problem))
+            return
+        old, self.workers = self.workers, dict.fromkeys(self.workers, False)
+        self.keep_workers()
+        for process in old:
+            os.kill(process, RETIRE)
+        self.log.write(False, "source %s read again" % self.name)
 
     def run(self):
         """Serve until SIGTERM or SIGINT, or, on a terminal, until it hangs up."""
         ends, number = (SIGTERM, SIGINT, SIGHUP if os.isatty(2) else SIGTERM), None
-        self.start_workers()
+        self.keep_workers()
         self.log.write(False, "ready: %d workers on %s, source %s" % (
             self.count, self.server_address, self.name))
         notify(b"READY=1")
         while number not in ends:
-            number = signals.sigwait(SIGNALS)
+            happened = signals.sigtimedwait(SIGNALS, 1)
+            number = happened.si_signo if happened else None
             self.collect()
             if number == SIGHUP and number not in ends:
-                try:
-                    self.read_source()
-                    self.start_workers()
-                    self.log.write(False, "source %s read again" % self.name)
-                except (Reply, OSError) as problem:
-                    self.log.write(True, message_of(problem))
+                self.reload()
+            self.keep_workers()
         self.stop()
 
     def stop(self):
@@ -1046,7 +1054,7 @@ def serve(options, name):
     server = Server(options.get("--socket", SOCKET), name, options)
     passed = (os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS")) == (str(os.getpid()), "1")
     try:
-        server.read_source()
+        server.load()
     except (Reply, OSError) as problem:
         if not passed:
             raise
@@ -1074,7 +1082,6 @@ def ask_server(path, words, seconds):
         return reply.line()
     except OSError as error:
         return Reply(2, "no server answers at %s: %s" % (path, error.strerror or error)).line()
-
 
 # ------------------------------------------------------------------------------- keeping the store
 
@@ -1207,6 +1214,19 @@ def claim(path):
     except (BlockingIOError, FileExistsError):
         raise Trouble("another import builds %s: try again when it has ended" % path) from None
 
+def build(store, origin, seconds, report):
+    """Copy all the agents of a source into a new file; raises Reply, Trouble or sqlite3.Error."""
+    if origin == "-":
+        source = open_text(open(0, "rb", closefd=False), "standard input", whole)
+    else:
+        source = open_source(origin, seconds, whole)
+    report.copy(source, store)
+    report.end()
+    if report.count["error"]:
+        raise Trouble(counted(report.count["error"], "fault"))
+    if origin == "-" and not report.agents:  # who writes it may have died
+        raise Trouble("no agent there")
+
 def import_agents(options, name):
     """Make `--db` hold what `--import` names, or leave it as it is and raise Trouble or OSError."""
     if is_url(name) or is_script(name):
@@ -1216,34 +1236,32 @@ def import_agents(options, name):
     if name == STORE and not os.path.isdir(folder):
         os.mkdir(folder, 0o700)
     refuse_to_replace(path)
+    if os.path.realpath(origin) == beside or os.stat(folder).st_mode & 0o002:
+        raise Trouble("%s is built here, and its folder must not be writable by everybody: name "
+                      "another --db, or SOURCE" % beside)
     pthread_sigmask(SIG_BLOCK, ends)
     lock = claim(beside)
     try:
         for number in ends:
             signal(number, signals.default_int_handler)
         pthread_sigmask(SIG_UNBLOCK, ends)
-        source = open_text(open(0, "rb", closefd=False), "standard input", whole) if (
-            origin == "-") else open_source(origin, number_of(options, "--timeout", SECONDS), whole)
-        report.copy(source, beside)
-        report.end()
-        if report.count["error"]:
-            raise Trouble(counted(report.count["error"], "fault"))
-        if origin == "-" and not report.agents:  # who writes it may have died
-            raise Trouble("no agent there")
+        build(beside, origin, number_of(options, "--timeout", SECONDS), report)
         os.fsync(lock)
         if os.path.exists(path):
-            os.chown(beside, os.stat(path).st_uid, os.stat(path).st_gid)
-            os.chmod(beside, os.stat(path).st_mode & 0o775)  # o+w would be refused by requests
+            os.fchown(lock, os.stat(path).st_uid, os.stat(path).st_gid)
+            os.fchmod(lock, os.stat(path).st_mode & 0o775)  # o+w would be refused by requests
         refuse_to_replace(path)  # time has passed
         pthread_sigmask(SIG_BLOCK, ends)
         os.rename(beside, path)
     except (Reply, Trouble, OSError, sqlite3.Error, KeyboardInterrupt) as problem:
         pthread_sigmask(SIG_BLOCK, ends)
-        os.unlink(beside)
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
         reason = "interrupted" if str(problem) in ("", "interrupted") else message_of(problem)
-        raise Trouble("%s: %s, nothing imported, %s is as it was" % (
-            {"-": "standard input"}.get(origin, "the database" if is_url(origin) else origin),
-            reason, path)) from None
+        if not isinstance(problem, Reply):  # which names its source
+            reason = "%s: %s" % (origin if origin != "-" else "standard input", reason)
+        raise Trouble("%s, nothing imported, %s is as it was" % (
+            reason.replace(MESSAGES[2], ""), path)) from None
     os.fsync(os.open(folder, os.O_RDONLY))
     if report.terminal or "-v" in options:
         say(2, "%s imported into %s" % (counted(report.agents, "agent"), path))
@@ -1265,7 +1283,7 @@ def notes_on(row, record):
 
 def check_source(name, seconds, report):
     """Tell what a person wants to know before trusting a source."""
-    source = open_source(name, seconds)
+    source = open_source(name, seconds, whole)
     of_server = isinstance(source, Database)
     report.copy(source, notes_on=lambda row, record: notes_on(
         list(map(text_of, row)) if of_server else row, record))  # servers take padding for nothing
@@ -1277,7 +1295,6 @@ def check_source(name, seconds, report):
             report.tell("note", "requests are slow without %s;" % (INDEX % (field, field)))
     if not of_server and os.stat(name).st_mode & 0o004:
         report.tell("note", "others may read %s, and keys are secrets: chmod o-r it" % name)
-
 
 # ------------------------------------------------------------------------------------ the manager
 
@@ -1292,12 +1309,12 @@ def read_configuration(text):
     the elements, with attributes, below the root. Of two the later holds, as for the manager."""
     text = re.sub("<!--.*?-->", "", text, flags=re.DOTALL)
     path, settings, start = [], {}, 0
-    for tag in re.finditer(r"<(/?)([^\s<>/]+)([^<>]*?)(/?)>", text):
-        end, name, attributes, empty = tag.groups()
+    for tag in re.finditer(r"<(/?)([^\s<>/]+)([\s/][^<>]*)?>", text):
+        end, name, attributes = tag.groups("")
         if end and path and path[-1].split()[0] == name:
             settings[tuple(path[1:])] = text[start:tag.start()].strip()
             path.pop()
-        elif not end and not empty:
+        elif not end and not attributes.endswith("/"):
             path.append(" ".join([name] + attributes.split()).replace("'", '"'))
         start = tag.end()
     return settings
@@ -1305,18 +1322,21 @@ def read_configuration(text):
 def verdict_of(output, status):
     """What the manager makes of an answer for NOBODY: (whether that is well, what to say)."""
     if status:
+        how = "signal %d" % -status if status < 0 else "status %d" % status
         said = output.decode("latin-1").partition("\n")[0] * output.startswith(NAME.encode())
-        return False, "ended with status %d: the manager throws the output away %s" % (status, said)
+        return False, "ended with %s: the manager throws the output away. %s" % (how, said)
     try:
         reply, _ = json.JSONDecoder().raw_decode(output.decode("latin-1").lstrip())
-        number, message = reply["error"], reply.get("message", "")
+        number, message = reply["error"], str(reply.get("message", "it hands out a key"))
     except (ValueError, TypeError, KeyError, RecursionError):
         if b"{" in output and not output.lstrip().startswith(b"{"):
             return False, "gave text before the JSON: the manager loses the answer"
         return False, "gave text that is no JSON answer" if output else "gave no answer"
-    if number == 4 and type(number) is int:
+    if type(number) is not int:
+        return False, "gave an error that is no number: the manager takes it for 0"
+    if number == 4:
         return True, "gave a sound answer (there is no agent %s)" % NOBODY
-    return False, "gave error %s, %s" % (number, message)
+    return False, "gave error %d, %s" % (number, message[:500])
 
 def check_server(path, seconds):
     """Ask a server as the manager does: (whether that is well, what to say of it)."""
@@ -1340,8 +1360,8 @@ class Manager:
         version, path = (0, 0), self.home + "/etc/wazuh-manager.conf"
         if not os.path.exists(path):
             path = self.home + "/etc/ossec.conf"
-        with open(path, encoding="latin-1") as file:
-            settings = read_configuration(file.read())
+        with open(path, "rb") as file:
+            settings = read_configuration(os.fsdecode(file.read()))
         try:
             with open(self.home + "/VERSION.json", encoding="utf-8") as file:
                 major, minor, *_ = re.findall("[0-9]+", json.load(file)["version"])
@@ -1374,8 +1394,11 @@ class Manager:
         lexer = shlex.shlex(asked.get("exec_path", ""), posix=True)  # as the manager splits it
         lexer.whitespace, lexer.quotes, lexer.commenters = " ", '"', ""
         lexer.whitespace_split = True
+        seconds = number_of(asked, "timeout", 60)
         try:
-            words, seconds = list(lexer), float(asked.get("timeout", 60))
+            words = list(lexer)
+            if not seconds:
+                raise ValueError("%s is no number of seconds up to 3600" % asked["timeout"])
         except ValueError as error:
             report.tell("error", "exec_path or timeout: %s" % error)
             return
@@ -1401,18 +1424,28 @@ class Manager:
         def become_child():
             pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP))
             os.umask(0o022)
+        def give_up(*_):
+            raise Trouble("was silent, or did not end: the manager waits no longer")
         try:
             process = subprocess.Popen(
                 words + ["id", NOBODY], cwd=self.home, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                 restore_signals=False, preexec_fn=become_child)
-            output, _ = process.communicate(timeout=seconds)
         except OSError as error:
             return False, "cannot be run: %s: %s" % (words[0], error.strerror)
-        except subprocess.TimeoutExpired:
+        signal(SIGALRM, give_up)
+        setitimer(ITIMER_REAL, seconds)
+        try:
+            with process.stdout as pipe:
+                output = pipe.read(65536)
+                while pipe.read(65536):
+                    pass  # or a flood would fill the memory
+            return verdict_of(output, process.wait())
+        except Trouble as trouble:
             os.killpg(process.pid, signals.SIGKILL)
-            return False, "was silent: the manager waits no longer"
-        return verdict_of(output, process.returncode)
+            return False, str(trouble)
+        finally:
+            setitimer(ITIMER_REAL, 0)
 
     def compare(self, name, report):
         """Tell how many agents of the source the manager has."""
@@ -1438,9 +1471,11 @@ class Manager:
                 length, = struct.unpack("<I", stream.read(4))
                 reply = json.loads(stream.read(min(length, 65536)).decode("latin-1"))
                 number, data = reply["error"], dict(reply.get("data", {}))
+            if type(number) is not int:
+                raise ValueError
         except OSError as error:
             raise Trouble("no manager at %s: %s" % (path, error.strerror or error)) from None
-        except (ValueError, KeyError, TypeError, struct.error):
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error):
             raise Trouble("%s closed, or gave no answer that we understand" % path) from None
         if number == 9015:
             raise Trouble("this manager is a worker of a cluster: run --enroll on its master")
@@ -1492,8 +1527,10 @@ def check(options, name):
     for step in steps:
         try:
             step()
-        except (Reply, OSError, sqlite3.Error) as problem:
+        except (Reply, Trouble, OSError, sqlite3.Error) as problem:
             report.tell("error", message_of(problem))
+        except Exception as error:
+            report.tell("error", unforeseen(error).message)
     report.end()
     report.tell("info", "%s, %s, %s" % (counted(report.agents, "agent"), counted(
         report.count["error"], "error"), counted(report.count["note"], "note")))
@@ -1501,7 +1538,6 @@ def check(options, name):
         say(1, to_json({"agents": report.agents, "errors": report.count["error"],
                         "notes": report.count["note"], "findings": report.findings}))
     return 1 if report.count["error"] else 0
-
 
 # ------------------------------------------------------------------------------------------- main
 
@@ -1555,10 +1591,10 @@ def task_of(options, words):
 def message_of(problem):
     """What to tell a person of an exception that was foreseen."""
     if isinstance(problem, OSError) and problem.strerror:
-        return "%s: %s" % (problem.filename or "standard output", problem.strerror)
+        return ": ".join([problem.filename] * bool(problem.filename) + [problem.strerror])
     if isinstance(problem, sqlite3.Error):
         return reason_of(problem)
-    return getattr(problem, "message", None) or str(problem) or "interrupted"
+    return getattr(problem, "message", str(problem))
 
 def request(options, words, name):
     """A request to a database, a script or a running server."""
@@ -1579,16 +1615,15 @@ def main(options, words, name):
         elif {"-V", "--version"} & set(options):
             with open(__file__, "rb") as script:
                 say(1, "%s.py %s sha256:%s" % (NAME, VERSION, sha256(script.read()).hexdigest()))
-        elif task_of(options, words) in COMMANDS:
-            return COMMANDS[task_of(options, words)](options, name) or 0
         else:
-            request(options, words, name)
+            command = COMMANDS.get(task_of(options, words))
+            return (command(options, name) if command else request(options, words, name)) or 0
         return 0
     except Mistake as mistake:
         status, message = 2, "%s (see --help)" % mistake
         if not os.isatty(2):
             tell_syslog(True, message)
-    except (Reply, Trouble, OSError, sqlite3.Error, KeyboardInterrupt) as problem:
+    except (Reply, Trouble, OSError, sqlite3.Error) as problem:
         message = message_of(problem)
     except Exception as error:
         message = unforeseen(error).message

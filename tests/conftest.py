@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from manager import Answer, check_answer, run
+from two_processes import pytest_runtestloop  # noqa: F401 - pytest finds it here
 
 ROOT = Path(__file__).resolve().parent.parent
 # A broken copy may be named, to see the tests fail; it keeps the script's name, in another folder.
@@ -44,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("the tests need Python 3.11 or later (the script does not)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes seconds: many rows, a load, a whole build")
+    config.addinivalue_line("markers", "apart: shares nothing with the other tests of its file")
 
 
 # ---------------------------------------------------------------- the script as a module

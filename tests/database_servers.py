@@ -14,6 +14,7 @@ import functools
 import glob
 import os
 import pwd
+import select
 import shutil
 import signal
 import socket
@@ -151,6 +152,7 @@ class Server:
         self.paths = {name: find_program(name) for name in self.programs}
         self.is_set_up = self.is_well = False
         self.watchdog: subprocess.Popen[bytes] | None = None
+        self.kept: subprocess.Popen[bytes] | None = None  # a client: its start is what takes time
         # Not pytest's folder: that is private, and its name too long for a unix socket.
         self.folder = tempfile.mkdtemp(prefix="akr-", dir=memory_folder())
         self.data, self.port = self.folder + "/data", free_port()
@@ -189,8 +191,8 @@ class Server:
         """The command of the server."""
         raise NotImplementedError
 
-    def set_up(self) -> None:
-        """Make the database `wazuh` and the users."""
+    def setting_up(self) -> str:
+        """The statements that make the database `wazuh` and the users."""
         raise NotImplementedError
 
     def client(self, database: str = "wazuh") -> list[str]:
@@ -205,9 +207,12 @@ class Server:
         self.watchdog = watchdog(self.folder, [*before, self.command()], self.identity)
 
     def answers(self) -> bool:
-        """Whether the server takes a statement."""
-        return not subprocess.run(self.client(""), input=b"SELECT 1;", capture_output=True,
-                                  check=False).returncode
+        """Whether the server takes statements; the first ones make what it needs."""
+        statements = "SELECT 1;" if self.is_set_up else self.setting_up()
+        done = subprocess.run(self.client(""), input=statements.encode(), capture_output=True,
+                              check=False)
+        self.is_set_up |= not done.returncode
+        return not done.returncode
 
     def ready(self) -> Server:
         """Bring it back from whatever a test did to it, and wait until it answers."""
@@ -221,9 +226,6 @@ class Server:
             if time.monotonic() > limit or os.path.exists(self.folder + "/ended"):
                 raise RuntimeError(Path(self.folder, "log").read_text(errors="replace")[-3000:])
             time.sleep(0.05)
-        if not self.is_set_up:
-            self.set_up()
-            self.is_set_up = True
         self.is_well = True
         return self
 
@@ -245,18 +247,33 @@ class Server:
     def end(self, word: bytes = b"") -> None:
         """End it, and remove all of it."""
         self.is_well = False
+        if self.kept is not None:
+            self.kept.kill()
+            self.kept.communicate()
+            self.kept = None
         if self.watchdog is not None:
             self.watchdog.communicate(word)
             self.watchdog = None
 
     # -- the table
 
-    def sql(self, statements: str, database: str = "wazuh") -> str:
+    def sql(self, statements: str) -> str:
         """Run statements as the administrator; gives what the client printed."""
-        done = subprocess.run(self.client(database), input=statements, capture_output=True,
-                              text=True, timeout=LIMIT, check=False)
-        assert not done.returncode, done.stderr
-        return done.stdout
+        if self.kept is None:
+            with open(self.folder + "/client", "wb") as errors:
+                self.kept = subprocess.Popen(self.client(), stdin=subprocess.PIPE,
+                                             stdout=subprocess.PIPE, stderr=errors)
+        assert self.kept.stdin is not None and self.kept.stdout is not None
+        end, printed = b"that is all\n", b""
+        self.kept.stdin.write(f"{statements.rstrip().rstrip(';')};\n".encode()
+                              + b"SELECT '%s';\n" % end.strip())
+        self.kept.stdin.flush()
+        while not printed.endswith(end):
+            assert select.select([self.kept.stdout], [], [], LIMIT)[0], "no answer in time"
+            piece = os.read(self.kept.stdout.fileno(), 1 << 16)
+            assert piece, Path(self.folder, "client").read_text()  # it ends at the first error
+            printed += piece
+        return printed[:-len(end)].decode()
 
     def load(self, rows: Sequence[Sequence[Any]], columns: str = COLUMNS,
              indexes: str = INDEXES) -> None:
@@ -339,11 +356,11 @@ class MariaDB(Server):
                 f"--port={self.port}", "--bind-address=127.0.0.1", "--skip-name-resolve",
                 "--innodb-buffer-pool-size=16M", *(tls if self.has_tls else ())]
 
-    def set_up(self) -> None:
-        """Make the database and the users."""
-        self.sql("CREATE DATABASE wazuh CHARACTER SET utf8mb4;" + "".join(
+    def setting_up(self) -> str:
+        """The statements that make the database and the users."""
+        return "CREATE DATABASE wazuh CHARACTER SET utf8mb4;" + "".join(
             f"CREATE USER {user} IDENTIFIED BY '{PASSWORD}'; GRANT {rights} ON *.* TO {user};"
-            for user, rights in ((OWNER, "ALL"), (READER, "USAGE"))), "")
+            for user, rights in ((OWNER, "ALL"), (READER, "USAGE")))
 
     def client(self, database: str = "wazuh") -> list[str]:
         """The command of the client."""
@@ -392,11 +409,11 @@ class PostgreSQL(Server):
         return [self.paths["postgres"], "-D", self.data, "-k", self.folder, "-h", "127.0.0.1",
                 "-p", str(self.port), *(word for setting in settings for word in ("-c", setting))]
 
-    def set_up(self) -> None:
-        """Make the database and the users."""
-        self.sql("CREATE DATABASE wazuh;" + "".join(
+    def setting_up(self) -> str:
+        """The statements that make the database and the users."""
+        return "CREATE DATABASE wazuh;" + "".join(
             f"CREATE ROLE {user} LOGIN {rights} PASSWORD '{PASSWORD}';"
-            for user, rights in ((OWNER, "SUPERUSER"), (READER, ""))), "")
+            for user, rights in ((OWNER, "SUPERUSER"), (READER, "")))
 
     def client(self, database: str = "wazuh") -> list[str]:
         """The command of the client."""

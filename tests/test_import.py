@@ -862,9 +862,29 @@ def test_what_one_may_not(open_folder: Path, nobody: int) -> None:
     assert "standard output" not in said.err, said
 
 
+def test_what_it_builds_in_is_not_its_source(stores: Stores, store: Path) -> None:
+    """Nor is the folder one in which everybody could put something in its place."""
+    source = stores.csv(GOOD)
+    mine = shutil.copy2(source, f"{store}.import")
+    assert ".import" in refused(store, mine).err
+    os.unlink(mine)
+    store.parent.chmod(0o1777)
+    assert "writable by everybody" in refused(store, source).err
+    assert not store.exists()
+
+
+def test_a_pipe_by_its_name(stores: Stores, store: Path) -> None:
+    """`--import <(...)`; `-` would be standard input."""
+    reader, writer = os.pipe()
+    os.close(writer)
+    assert "/dev/stdin: not a regular file, nothing imported" in refused(
+        store, "/dev/stdin", stdin=reader).err
+    os.close(reader)
+
+
 # ---------------------------------------------------------------- at any moment
 
-STEPS = ("import_agents", "claim", "copy", "records", "refuse_to_replace", "whole")
+STEPS = ("import_agents", "claim", "build", "copy", "records", "refuse_to_replace", "whole")
 
 
 def at_line(number: int, what: signal.Signals) -> Callable[[], None]:

@@ -290,6 +290,19 @@ CONFIGURATIONS = {
     "timeout: no number": Case(
         key_request(EXEC + "<timeout>1m</timeout>"), (("timeout", "1m"),), ran=0
     ),
+    **{
+        f"timeout: {text}": Case(
+            key_request(EXEC + f"<timeout>{text}</timeout>"), (("timeout", text),), ran=0
+        )
+        for text in ("inf", "nan", "-5", "0", "99999999999999999999")
+    },
+    "beyond ASCII": Case(
+        key_request("<exec_path>bin/schl\u00fcssel</exec_path>"),
+        (("bin/schl", "No such file"),),
+        ran=0,
+    ),
+    "an endless tag": Case(ONE % ("<" + "a" * 200_000), (ASKS_NOBODY,), ran=0),
+    "tags without end": Case(ONE % ("<a b" * 50_000), (ASKS_NOBODY,), ran=0),
     "unclosed quote": Case(
         key_request('<exec_path>"bin/ask</exec_path>'), (("exec_path", "quot"),), ran=0
     ),
@@ -409,7 +422,7 @@ VERDICTS: dict[str, tuple[bytes, int, bool, str]] = {
     "nothing": (b"", 0, False, "no answer"),
     "blanks alone": (b"\n", 0, False, "no"),
     "a status": (SOUND.encode(), 2, False, "status 2"),
-    "a signal": (b"", -9, False, "-9"),
+    "a signal": (b"", -9, False, "signal 9"),
     "a list": (b"[4]", 0, False, "JSON"),
     "a number": (b"4", 0, False, "JSON"),
     "no error": (b'{"message": "x"}', 0, False, "JSON"),
@@ -418,6 +431,10 @@ VERDICTS: dict[str, tuple[bytes, int, bool, str]] = {
     "an agent": (b'{"error": 0, "data": %s}' % DATA.encode(), 0, False, "error 0"),
     "a message that is none": (b'{"error": 2, "message": [1]}', 0, False, "error 2"),
     "beyond ASCII": (b'{"error": 4, "message": "\xc3\xa9\xff"}', 0, True, "sound answer"),
+    "a number that is a text": (b'{"error": "4", "message": "x"}', 0, False, "no number"),
+    "true": (b'{"error": true, "message": "x"}', 0, False, "no number"),
+    "a key in a list": (b'{"error": ["%s"]}' % SECRET.encode(), 0, False, "no number"),
+    "an agent that nobody has": (b'{"error": 0}', 0, False, "hands out a key"),
     "zero bytes": (b"\0" * 9, 0, False, "no JSON"),
 }
 
@@ -435,8 +452,9 @@ PROGRAMS = {
     "text before": (f"echo oops >&2; echo '{SOUND}'", "text before the JSON"),
     "text after": (f"echo '{SOUND}'; echo oops >&2", "sound answer"),
     "a status": (f"echo '{SOUND}'; exit 3", "status 3"),
-    "a signal": ("kill -KILL $$", "status -9"),
+    "a signal": ("kill -KILL $$", "signal 9"),
     "nothing": ("exit 0", "no answer"),
+    "a flood": ("exec 2>&1; yes & sleep 0.2; kill -KILL $!; wait; exit 3", "status 3"),
     "much": (f"echo '{SOUND}'; head -c 1000000 /dev/zero", "sound answer"),
 }
 

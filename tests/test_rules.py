@@ -552,6 +552,7 @@ BROKEN: dict[str, list[Any]] = {
         *(b"\xff", b"10.0.0.5\n", 42, 4.5, 0, "10.0.0.5" * 100_000, SECRET),
     ],
     "key": [
+        *(1.5, 123e20, float("inf")),  # what a numeric column makes of a key
         *("", " ", "k" * 129, "k" * 128 + "\n", "key\n002 evil any key", None, b"", b"\xff"),
         *(f"{SECRET}{letter}b" for letter in CONTROLS + FOREIGN),
         *(f"{SECRET}{letter}" for letter in CONTROLS + FOREIGN),
@@ -676,7 +677,10 @@ def test_a_message_has_at_most_500_characters() -> None:
         for letter in ("x", '"', "é"):
             reply = script.Reply(2, letter * (length - len(start)))
             shown = "?" if letter == "é" else letter
-            assert reply.message == (start + shown * (length - len(start)))[:500]
+            whole = start + shown * (length - len(start))
+            cut = whole[:200] + " ... " + whole[-295:]  # the reason stands at the end
+            assert reply.message == (whole if length <= 500 else cut)
+            assert len(reply.message) == min(length, 500)
             assert check_line(reply.line())["message"] == reply.message
 
 
@@ -725,12 +729,11 @@ def test_a_source_that_fails(error: BaseException, number: int, detail: str) -> 
     "error", [KeyError(SECRET), ValueError(SECRET), TypeError(SECRET), RecursionError(SECRET)]
 )
 def test_what_nobody_has_foreseen(error: BaseException) -> None:
-    """Its type and the line where it was raised, never its text."""
-    find_source = raising(error)
-    line = inspect.getsourcelines(raising)[1] + 2
-    name = type(error).__name__
-    expected = f"Internal error: {name} in line {line} of the script"
-    reply = check_line(script.answer(["id", "001"], find_source).line())
+    """Its type and the line of the script that led to it, never its text."""
+    reply = check_line(script.answer(["id", "001"], raising(error)).line())
+    lines, first = inspect.getsourcelines(script.look_up)
+    number = next(n for n, line in enumerate(lines, first) if "find_source()" in line)
+    expected = f"Internal error: {type(error).__name__} in line {number} of the script"
     assert reply == {"error": 9, "message": expected}
 
 
@@ -787,8 +790,9 @@ def test_each_option_with_a_value_takes_the_next_word() -> None:
 
 
 NUMBERS = {
-    **{"1": 1.0, "0.5": 0.5, "3600": 3600.0, "1e2": 100.0, "0.001": 0.001},
-    **dict.fromkeys(["0", "-1", "3600.1", "inf", "nan", "1e999", "abc", "", "5 s"], 0.0),
+    **{"1": 1.0, "0.5": 0.5, "3600": 3600.0, "0.001": 0.001, "5.": 5.0, ".5": 0.5},
+    **dict.fromkeys(["0", "-1", "3600.1", "inf", "nan", "1e2", "abc", "", "5 s", " 5", "+5"], 0.0),
+    **dict.fromkeys(["1_0", "１0", "٣", ".", "1.2.3", "0000000001", "1" * 400], 0.0),
 }
 
 

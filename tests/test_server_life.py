@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import termios
 import time
@@ -324,13 +325,41 @@ def test_a_worker_that_cannot_go_on_says_why(server: Server) -> None:
 
 
 def test_the_end_of_the_parent_ends_the_workers(server: Server, store: Path) -> None:
-    """And a new server can start there."""
+    """However busy they are; and a new server can start there."""
     workers = server.workers
-    with connections(server.path, ["", ""]):
-        server.process.kill()
-        until(lambda: not any(map(alive, workers)), "the end of the workers")
+
+    def ended() -> bool:
+        with contextlib.suppress(OSError):
+            server.ask("id:001")
+        return not any(map(alive, workers))
+
+    server.process.kill()
+    until(ended, "the end of the workers")
     with serving(store, server.path) as another:
         assert another.error("id:001") == 0
+
+
+def test_no_room_for_another_process(open_script: Path, nobody: int) -> None:
+    """It is told; who is there goes on, but not with an old store; and then there are two again."""
+    folder = open_script.parent
+    os.chown(folder, nobody, -1)
+    store, path = Stores(folder).keys(records(3)), folder / "s"
+    command = [str(open_script), *serve_command(store, path, "--workers", "2")[3:]]
+    with started(command, path, user=nobody) as server:
+        server.wait_line("ready")
+        most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        limit = ["prlimit", "--pid", str(server.process.pid)]  # for itself: root may lack the right
+        subprocess.run([*limit, "--nproc=1:"], user=nobody, check=True)
+        os.kill(server.workers[0], signal.SIGKILL)
+        server.wait_line("error: no worker can be started")
+        assert server.key() == key(1)
+        Stores(folder).keys(records(3, 1))
+        server.send(signal.SIGHUP)
+        until(lambda: not server.workers, "the end of the old ones")
+        limit.append(f"--nproc={most if most >= 0 else 'unlimited'}:")
+        subprocess.run(limit, user=nobody, check=True)
+        assert server.key() == key(1, 1)
+        until(lambda: len(server.workers) == 2, "two workers")
 
 
 def test_forty_descriptors_are_enough(store: Path, tmp_path: Path) -> None:
@@ -380,6 +409,22 @@ def test_a_passed_socket_without_a_source(stores: Stores, listener: socket.socke
         server.send(signal.SIGTERM)
         server.end()
         assert server.path.exists()
+
+
+def test_a_passed_socket_and_a_text_that_is_being_written(
+    stores: Stores, listener: socket.socket
+) -> None:
+    """No worker reads it for itself: it could be the half of it."""
+    for source, kind in ("agents.csv", stores.csv), ("agents.sql", stores.sql):
+        with activated(listener, serve_command(stores.folder / source, None)) as server:
+            server.wait_line("error: ")
+            stores.text("id,name,ip,key\n001,a,any,0123", source)
+            assert server.error("id:001") == 2 and server.wait_line("SIGHUP")
+            kind(records(3))
+            server.send(signal.SIGHUP)
+            until(lambda: server.error("id:001") == 0, "an agent")
+            server.send(signal.SIGTERM)
+            server.end()
 
 
 def test_a_socket_for_somebody_else_is_not_taken(

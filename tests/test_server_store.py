@@ -200,7 +200,7 @@ def test_text_is_read_again_at_a_hang_up_only(stores: Stores, tmp_path: Path, ki
             mend(path)
         path.write_text("id;name\n")
         server.send(signal.SIGHUP)
-        server.wait_line("line 1" if kind == "sql" else "lacks one of")
+        server.wait_line("line 1" if kind == "sql" else "its header needs")
         old = server.workers
         os.kill(old[0], signal.SIGKILL)
         until(lambda: len(set(server.workers) - {old[0]}) == 2, "another worker")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -315,7 +316,6 @@ NO_SOURCE = {
     "JSON": b'{"id": "001", "name": "my_agent", "ip": "any", "key": "k"}\n',
     "XML": b"<ossec_config>\n  <auth>\n  </auth>\n</ossec_config>\n",
     "another CSV": b"name,phone\nbob,123\n",
-    "one column": b"id\n001\n",
     "UTF-16": f"id,name,ip,key\n{ROW}\n".encode("utf-16"),
     "one long line": b"x" * 3_000_000,
     "a comment and a word": b"# keys\nhello\n",
@@ -350,7 +350,7 @@ def test_a_database_that_is_none(stores: Stores, content: str) -> None:
     )
 
 
-HEADER = "its header lacks one of id, name, ip and key (or agent_key)"
+HEADER = "its header needs id, name, ip and key (or agent_key) once"
 
 
 @pytest.mark.parametrize("missing", ["name", "ip", "key"])
@@ -359,6 +359,22 @@ def test_csv_without_a_column(stores: Stores, missing: str) -> None:
     columns[columns.index(missing)] = "other"
     for name in ("agents.csv", "client.keys"):
         assert refuses(stores.text(",".join(columns) + f"\n{ROW}\n", name)) == HEADER
+        assert refuses(stores.text("id\n001\n", name)) == HEADER
+
+
+@pytest.mark.parametrize("header", ["id,name,ip,key,key", "id,name,ip,key,id", "id,ID,name,ip,key"])
+def test_csv_with_a_column_twice(stores: Stores, header: str) -> None:
+    """Which of them is meant?"""
+    assert refuses(stores.text(f"{header}\n{ROW},{ROW}\n", "agents.csv")) == HEADER
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_row_with_more_fields_than_the_header(stores: Stores, delimiter: str) -> None:
+    """A key with a delimiter in it would be cut; the others are found."""
+    rows = [["id", "name", "ip", "key"], ["002", "a", "any", "ab", "cd"], ROW.split(",")]
+    path = stores.text("".join(delimiter.join(row) + "\n" for row in rows), "agents.csv")
+    assert look(path, "id", "002")["error"] == 6
+    assert serves(path)
 
 
 TEXTS = {"csv": f"id,name,ip,key\n{ROW}\n", "keys": f"001 my_agent 192.168.1.100 {KEY}\n"}
@@ -608,6 +624,23 @@ def test_what_sqlite_says() -> None:
         assert script.reason_of(sqlite3.OperationalError(text)) == told
 
 
+@pytest.mark.parametrize("column", [
+    "id ANY", "id", "id BLOB", "raw, id GENERATED ALWAYS AS (raw) STORED", "id INTEGER", "id TEXT",
+])  # fmt: skip
+def test_an_id_that_is_a_number(stores: Stores, column: str) -> None:
+    """Whether the column makes a text of it or not."""
+    given = column.split()[0].strip(",")
+    strict = " STRICT" if "ANY" in column and sqlite3.sqlite_version_info >= (3, 37) else ""
+    schema = f"CREATE TABLE agent ({column}, name TEXT, ip TEXT, agent_key TEXT){strict}"
+    path = stores.folder / "agents.db"
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(schema)
+        database.execute(f"INSERT INTO agent ({given}, name, ip, agent_key) VALUES (?, ?, ?, ?)",
+                         (1, *Record()[1:]))  # fmt: skip
+    assert serves(path)
+
+
+
 def test_values_that_are_too_much_for_sqlite(stores: Stores) -> None:
     """A number that no column holds is no internal error."""
     path = stores.untyped([Record(2**63 - 1), Record(float("inf"), name=SECRET)])
@@ -759,7 +792,7 @@ CSVS = {
     "two digits": f"id,name,ip,key\n01,my_agent,192.168.1.100,{KEY}\n",
     "blank lines": f"id,name,ip,key\n\n{ROW}\n\n\n",
     "empty rows": f"id,name,ip,key\n,,,\n{ROW}\n,,,\n",
-    "more fields than the header": f"id,name,ip,key\n{ROW},x,y,z\n",
+    "more fields than the header": f"id,name,ip,key\n{ROW},,,\n",
     "semicolons in a comma header's column": f'id,name,ip,key,"a;b;c;d;e"\n{ROW},1\n',
 }
 
