@@ -656,7 +656,7 @@ def parse_url(url):
     options = {"user": unquote(user), "host": unquote(host.strip("[]")), "port": port and int(port),
                "database" if scheme == "mysql" else "dbname": unquote(name)}
     options.update(parse_qsl(query.replace("+", "%2B")))
-    if not match or ":" in options["user"] or any(
+    if not match or "%3a" in (user + host).lower() or any(
             "passw" in name.lower() or "local_infile" in name.lower() for name in options):
         raise Reply(2, "a URL is mysql://user@host/database or postgresql://user@host/database, "
                     "special characters percent-encoded, without a password, which `ps` would show:"
