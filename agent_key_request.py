@@ -1097,8 +1097,8 @@ TWICE = """SELECT agent.rowid, id, first FROM (SELECT {0} AS value, min(rowid) A
 FINDINGS = 100              # that are told one by one
 
 class Report:
-    """What is found in a source, line by line or kept for JSON, and how far a terminal is told it
-    has come. store: SQLite connection with the agents of the source that was copied, or None."""
+    """What is found in a source, line by line or kept for JSON, and on a terminal how far it has
+    come. store: SQLite connection with the agents that were copied, None before."""
 
     def __init__(self, stream, as_json=False):
         self.stream, self.as_json, self.findings, self.due = stream, as_json, [], 0.0
@@ -1127,9 +1127,8 @@ class Report:
         return 0
 
     def records(self, source, notes_on=None):
-        """Iterator of (line or row number, record) of the agents of a source, after telling what
-        is wrong; a field that breaks a rule is empty then. notes_on: function that gives what else
-        to tell of a sound one."""
+        """Iterator of (line or row number, record) of a source, telling what is wrong: a field
+        that breaks a rule is empty then. notes_on: gives what else to tell of a sound record."""
         source.deadline = time.monotonic() + 86400  # for all of them
         for number, row in source.rows():
             self.agents += 1
@@ -1340,7 +1339,7 @@ def key_request(home, report):
     settings = dict(SETTING.findall(auth), **asked)
     if settings.get("enabled", "yes") != "yes" or settings.get("disabled", "no") != "no":
         raise Trouble("%s: key requests, or <auth>, are disabled" % path)
-    return asked, is_old and version < (4, 4) and "socket" in asked
+    return asked, is_old and version < (4, 4) and bool(asked.get("socket"))
 
 def ask_as_manager(home, report):
     """Do what a manager does to ask for a key, and tell what comes of it; raises as above."""
@@ -1363,7 +1362,7 @@ def ask_as_manager(home, report):
                     "socket")
     if words and not starts_it:
         attempt(report, "exec_path", run, home, words, seconds)
-    if "socket" in asked:
+    if asked.get("socket"):
         path = os.path.join(home, asked["socket"])
         attempt(report, "socket", ask_server, path, ["id", NOBODY], seconds)
 
@@ -1424,8 +1423,7 @@ def attempt(report, what, ask, *arguments):
     report.tell(level, "%s %s, in %.1f ms" % (what, text, 1000 * (time.monotonic() - started)))
 
 def check_manager(home, name, report):
-    """Tell why a manager does not enrol, and how many agents of the source it has; raises Reply or
-    OSError for what cannot be read."""
+    """Tell why a manager does not enrol, and whom it has; raises Reply or OSError."""
     try:
         ask_as_manager(home, report)
     except Trouble as trouble:
@@ -1487,8 +1485,7 @@ def tell_manager(home, function, arguments):
     return number, data
 
 def enroll(options, name):
-    """Add the agents of a source that the manager lacks, and change none that it has; returns the
-    exit status."""
+    """Add the agents that a manager lacks, and change none that it has: the exit status."""
     home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
     report, added = Report(2), 0
     source = open_source(name, number_of(options, "--timeout", SECONDS))

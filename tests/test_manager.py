@@ -328,6 +328,8 @@ CONFIGURATIONS = {
     ),
     "socket": Case(key_request(SOCK), ran=0, asked=1),
     "socket and exec_path": Case(key_request(SOCK + EXEC), asked=1),
+    "an empty socket": Case(key_request("<socket></socket>" + EXEC)),
+    "an empty socket, 4.3": Case(wodle("<socket></socket>" + EXEC), version=V43),
     "socket, nobody listens": Case(
         key_request("<socket>queue/stale</socket>"),
         (("queue/stale", "Connection refused"),),
