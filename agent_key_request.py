@@ -1097,8 +1097,8 @@ TWICE = """SELECT agent.rowid, id, first FROM (SELECT {0} AS value, min(rowid) A
 FINDINGS = 100              # that are told one by one
 
 class Report:
-    """What is found in a source, line by line or kept for JSON, and how far a terminal is told it
-    has come. store: SQLite connection with the agents of the source that was copied, or None."""
+    """What is found in a source, line by line or kept for JSON, and on a terminal how far it has
+    come. store: SQLite connection with the agents that were copied, None before."""
 
     def __init__(self, stream, as_json=False):
         self.stream, self.as_json, self.findings, self.due = stream, as_json, [], 0.0
@@ -1127,9 +1127,8 @@ class Report:
         return 0
 
     def records(self, source, notes_on=None):
-        """Iterator of (line or row number, record) of the agents of a source, after telling what
-        is wrong; a field that breaks a rule is empty then. notes_on: function that gives what else
-        to tell of a sound one."""
+        """Iterator of (line or row number, record) of a source, telling what is wrong: a field
+        that breaks a rule is empty then. notes_on: gives what else to tell of a sound record."""
         source.deadline = time.monotonic() + 86400  # for all of them
         for number, row in source.rows():
             self.agents += 1
@@ -1303,227 +1302,152 @@ REFUSALS = {9006: "the manager does not take its address", 9007: "another agent 
             9008: "another agent, or the manager, has its name", 9012: "another agent has its id",
             9013: "the manager has no room for more"}
 WODLE = 'wodle name="agent-key-polling"'
+SETTING = re.compile(r"<(\w+)\s*>\s*(.*?)\s*</\1\s*>", re.DOTALL)
 
-def read_configuration(text):
-    """The settings in an ossec.conf, which has several roots, as {path: value}. path: the names of
-    the elements, with attributes, below the root. Of two the later holds, as for the manager."""
+def inside(text, tag):
+    """What is in the elements of an ossec.conf (no XML) that begin with a tag, all as one str."""
     text = re.sub("<!--.*?-->", "", text, flags=re.DOTALL)
-    path, settings, start = [], {}, 0
-    for tag in re.finditer(r"<(/?)([^\s<>/]+)([\s/][^<>]*)?>", text):
-        end, name, attributes = tag.groups("")
-        if end and path and path[-1].split()[0] == name:
-            settings[tuple(path[1:])] = text[start:tag.start()].strip()
-            path.pop()
-        elif not end and not attributes.endswith("/"):
-            path.append(" ".join([name] + attributes.split()).replace("'", '"'))
-        start = tag.end()
-    return settings
+    begin = tag.replace(" ", "\\s+").replace('"', "[\"']")
+    return "".join(re.findall(r"<%s\s*>(.*?)</%s\s*>" % (begin, tag.split()[0]), text, re.DOTALL))
 
-def verdict_of(output, status):
-    """What the manager makes of an answer for NOBODY: (whether that is well, what to say)."""
+def key_request(home, report):
+    """How a manager asks for keys: (dict of settings, whether exec_path is the server of socket).
+    Raises Trouble if it asks nobody, OSError if its configuration cannot be read."""
+    version, path = (0, 0), home + "/etc/wazuh-manager.conf"
+    if not os.path.exists(path):
+        path = home + "/etc/ossec.conf"
+    with open(path, "rb") as file:
+        text = os.fsdecode(file.read())
+    try:
+        with open(home + "/VERSION.json", encoding="latin-1") as file:
+            match = re.search('"version": *"v?([0-9]+)[.]([0-9]+)', file.read())
+        version = int(match[1]), int(match[2])
+    except (OSError, TypeError):
+        report.tell("note", "%s/VERSION.json does not tell the manager's version" % home)
+    if version >= (5, 0):
+        raise Trouble("a manager of %d.%d asks nobody for keys: use --enroll" % version)
+    auth, old = inside(text, "auth"), inside(text, WODLE)
+    new = inside(auth, "key_request")
+    if new and old:
+        report.tell("error", "%s has <key_request>, for managers from 4.4 on, and <%s>, for older "
+                    "ones" % (path, WODLE))
+    is_old = not new or (0, 0) < version < (4, 4)
+    asked = dict(SETTING.findall(old if is_old else new))
+    if not asked.get("exec_path") and not asked.get("socket"):
+        raise Trouble("%s has no <key_request> in <auth> (before 4.4: no <%s>) with an exec_path or"
+                      " a socket: the manager asks nobody" % (path, WODLE))
+    settings = dict(SETTING.findall(auth), **asked)
+    if settings.get("enabled", "yes") != "yes" or settings.get("disabled", "no") != "no":
+        raise Trouble("%s: key requests, or <auth>, are disabled" % path)
+    return asked, is_old and version < (4, 4) and bool(asked.get("socket"))
+
+def ask_as_manager(home, report):
+    """Do what a manager does to ask for a key, and tell what comes of it; raises as above."""
+    asked, starts_it = key_request(home, report)
+    lexer = shlex.shlex(asked.get("exec_path", ""), posix=True)  # as the manager splits it
+    lexer.whitespace, lexer.quotes, lexer.commenters = " ", '"', ""
+    lexer.whitespace_split = True
+    try:
+        words, seconds = list(lexer), number_of(asked, "timeout", 60)
+    except ValueError as error:
+        raise Trouble("exec_path: %s" % error) from None
+    if not seconds:
+        raise Trouble("timeout: %s is no number of seconds up to 3600" % asked["timeout"])
+    own = number_of(split_command_line(words[1:])[0], "--timeout", SECONDS)
+    if seconds <= own:
+        report.tell("error", "the manager's timeout, %g s, must be longer than ours, %g s" % (
+            seconds, own))
+    if starts_it and words and "--serve" not in words:
+        report.tell("error", "exec_path lacks --serve: this manager starts it as the server of its "
+                    "socket")
+    if words and not starts_it:
+        attempt(report, "exec_path", run, home, words, seconds)
+    if asked.get("socket"):
+        path = os.path.join(home, asked["socket"])
+        attempt(report, "socket", ask_server, path, ["id", NOBODY], seconds)
+
+def run(home, words, seconds):
+    """What comes from exec_path, in bytes, if it is run as a manager runs it; raises Trouble."""
+    def give_up(*_):
+        raise Trouble("was silent, or did not end: the manager waits no longer")
+    os.umask(0o022)
+    try:
+        process = subprocess.Popen(
+            words + ["id", NOBODY], cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, restore_signals=False,
+            preexec_fn=lambda: pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP)))
+    except OSError as error:
+        raise Trouble("cannot be run: %s: %s" % (words[0], error.strerror)) from None
+    signal(SIGALRM, give_up)
+    setitimer(ITIMER_REAL, seconds)
+    try:
+        with process.stdout as pipe:
+            output = pipe.read(65536)
+            while pipe.read(65536):
+                pass  # or a flood would fill the memory
+        status = process.wait()
+    except Trouble:
+        os.killpg(process.pid, signals.SIGKILL)
+        raise
+    finally:
+        setitimer(ITIMER_REAL, 0)
     if status:
         how = "signal %d" % -status if status < 0 else "status %d" % status
         said = output.decode("latin-1").partition("\n")[0] * output.startswith(NAME.encode())
-        return False, "ended with %s: the manager throws the output away. %s" % (how, said)
+        raise Trouble("ended with %s: the manager throws the output away. %s" % (how, said))
+    return output
+
+def verdict_of(output):
+    """What to say of a sound answer (bytes) for NOBODY; raises Trouble for any other."""
+    text = output.decode("latin-1").lstrip()
     try:
-        reply, _ = json.JSONDecoder().raw_decode(output.decode("latin-1").lstrip())
+        reply, _ = json.JSONDecoder().raw_decode(text)
         number, message = reply["error"], str(reply.get("message", "it hands out a key"))
     except (ValueError, TypeError, KeyError, RecursionError):
-        if b"{" in output and not output.lstrip().startswith(b"{"):
-            return False, "gave text before the JSON: the manager loses the answer"
-        return False, "gave text that is no JSON answer" if output else "gave no answer"
+        if "{" in text and text[0] != "{":
+            raise Trouble("gave text before the JSON: the manager loses the answer") from None
+        raise Trouble("gave text that is no JSON answer" if text else "gave no answer") from None
     if type(number) is not int:
-        return False, "gave an error that is no number: the manager takes it for 0"
-    if number == 4:
-        return True, "gave a sound answer (there is no agent %s)" % NOBODY
-    return False, "gave error %d, %s" % (number, message[:500])
+        raise Trouble("gave an error that is no number: the manager takes it for 0")
+    if number != 4:
+        raise Trouble("gave error %d, %s" % (number, message[:500]))
+    return "gave a sound answer (there is no agent %s)" % NOBODY
 
-def check_server(path, seconds):
-    """Ask a server as the manager does: (whether that is well, what to say of it)."""
-    return verdict_of(ask_server(path, ["id", NOBODY], seconds), 0)
-
-def attempt(report, what, method, *arguments):
-    """Tell what comes of one way of asking, and how long it takes."""
-    started = time.monotonic()
-    well, text = method(*arguments)
-    report.tell("info" if well else "error", "%s %s, in %.1f ms" % (
-        what, text, 1000 * (time.monotonic() - started)))
-
-class Manager:
-    """A manager on this host. home: its folder, what --manager names or where it usually is."""
-
-    def __init__(self, options):
-        self.home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
-
-    def key_request(self, report):
-        """(version, settings of the key requests): (0, 0) if not known; {} if it makes none."""
-        version, path = (0, 0), self.home + "/etc/wazuh-manager.conf"
-        if not os.path.exists(path):
-            path = self.home + "/etc/ossec.conf"
-        with open(path, "rb") as file:
-            settings = read_configuration(os.fsdecode(file.read()))
-        try:
-            with open(self.home + "/VERSION.json", encoding="utf-8") as file:
-                major, minor, *_ = re.findall("[0-9]+", json.load(file)["version"])
-            version = int(major), int(minor)
-        except (OSError, ValueError, KeyError, TypeError):
-            report.tell("note", "%s/VERSION.json does not tell the manager's version" % self.home)
-        new, old = ({place[-1]: settings[place] for place in settings if place[:len(form)] == form}
-                    for form in (("auth", "key_request"), (WODLE,)))
-        asked = old if (0, 0) < version < (4, 4) or not new else new
-        if asked is old and version == (0, 0):
-            version = (4, 3)  # there was no VERSION.json then
-        if new and old:
-            report.tell("error", "%s has <key_request>, for managers from 4.4 on, and <%s>, for "
-                        "older ones" % (path, WODLE))
-        if version >= (5, 0):
-            report.tell("error", "a manager of %d.%d asks nobody for keys: use --enroll" % version)
-        elif not asked:
-            report.tell("error", "%s has no <key_request> in <auth> (before 4.4: no <%s>): the "
-                        "manager asks nobody" % (path, WODLE))
-        elif asked.get("enabled", "yes") != "yes" or (
-                settings.get(("auth", "disabled"), "no") != "no"):
-            report.tell("error", "%s: key requests, or <auth>, are disabled" % path)
-        else:
-            return version, asked
-        return version, {}
-
-    def check(self, name, report):
-        """Tell why the manager does not enrol, and do what it does."""
-        version, asked = self.key_request(report)
-        lexer = shlex.shlex(asked.get("exec_path", ""), posix=True)  # as the manager splits it
-        lexer.whitespace, lexer.quotes, lexer.commenters = " ", '"', ""
-        lexer.whitespace_split = True
-        seconds = number_of(asked, "timeout", 60)
-        try:
-            words = list(lexer)
-            if not seconds:
-                raise ValueError("%s is no number of seconds up to 3600" % asked["timeout"])
-        except ValueError as error:
-            report.tell("error", "exec_path or timeout: %s" % error)
-            return
-        place = asked.get("socket")
-        starts_it = bool(words and place) and (0, 0) < version < (4, 4)
-        if starts_it and "--serve" not in words:
-            report.tell("error", "exec_path lacks --serve: this manager starts it as the server of "
-                        "its socket")
-        if asked and not words and not place:
-            report.tell("error", "there is neither exec_path nor socket: the manager asks nobody")
-        own = number_of(split_command_line(words[1:])[0], "--timeout", SECONDS)
-        if asked and seconds <= own:
-            report.tell("error", "the manager's timeout, %g s, must be longer than ours, %g s" % (
-                seconds, own))
-        if words and not starts_it:
-            attempt(report, "exec_path", self.run, words, seconds)
-        if place:
-            attempt(report, "socket", check_server, os.path.join(self.home, place), seconds)
-        self.compare(name, report)
-
-    def run(self, words, seconds):
-        """Run an exec_path as the manager does: (whether that is well, what to say of it)."""
-        def become_child():
-            pthread_sigmask(SIG_BLOCK, (SIGTERM, SIGINT, SIGHUP))
-            os.umask(0o022)
-        def give_up(*_):
-            raise Trouble("was silent, or did not end: the manager waits no longer")
-        try:
-            process = subprocess.Popen(
-                words + ["id", NOBODY], cwd=self.home, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                restore_signals=False, preexec_fn=become_child)
-        except OSError as error:
-            return False, "cannot be run: %s: %s" % (words[0], error.strerror)
-        signal(SIGALRM, give_up)
-        setitimer(ITIMER_REAL, seconds)
-        try:
-            with process.stdout as pipe:
-                output = pipe.read(65536)
-                while pipe.read(65536):
-                    pass  # or a flood would fill the memory
-            return verdict_of(output, process.wait())
-        except Trouble as trouble:
-            os.killpg(process.pid, signals.SIGKILL)
-            return False, str(trouble)
-        finally:
-            setitimer(ITIMER_REAL, 0)
-
-    def compare(self, name, report):
-        """Tell how many agents of the source the manager has."""
-        if not report.store:
-            return  # it could not be read
-        keys = open_source(self.home + "/etc/client.keys", SECONDS)
-        kept = (tuple(judge(row)[0].values()) for _, row in keys.rows())
-        enrolled = {agent[0]: agent for agent in kept}
-        there = [enrolled[agent[0]] == agent if agent[0] in enrolled else None
-                 for agent in report.store.execute(ROWS)]
-        report.tell("info", "%s: %d enrolled, %d not, %d with another name, address or key" % (
-            name, there.count(True), there.count(None), there.count(False)))
-
-    def tell(self, function, arguments):
-        """A message to authd's own socket, and its answer: (error, dict); raises Trouble."""
-        path = self.home + "/queue/sockets/auth"
-        message = to_json({"function": function, "arguments": arguments}).encode("ascii")
-        try:
-            with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as stream:
-                connection.settimeout(30)
-                connection.connect(path)
-                connection.sendall(struct.pack("<I", len(message)) + message)
-                length, = struct.unpack("<I", stream.read(4))
-                reply = json.loads(stream.read(min(length, 65536)).decode("latin-1"))
-                number, data = reply["error"], dict(reply.get("data", {}))
-            if type(number) is not int:
-                raise ValueError
-        except OSError as error:
-            raise Trouble("no manager at %s: %s" % (path, error.strerror or error)) from None
-        except (ValueError, KeyError, TypeError, RecursionError, struct.error):
-            raise Trouble("%s closed, or gave no answer that we understand" % path) from None
-        if number == 9015:
-            raise Trouble("this manager is a worker of a cluster: run --enroll on its master")
-        return number, data
-
-    def enroll(self, record):
-        """Add an agent, and change none that is there: (whether it was added, what is wrong)."""
-        number, data = self.tell("get", {"id": record["id"]})
-        if number == 9011:  # it is not there
-            number, _ = self.tell("add", record)
-            if not number:
-                return True, ""
-        if number:
-            return False, "not enrolled: " + REFUSALS.get(
-                number, "the manager says error %s" % number)
-        there, _ = judge([data.get(field) for field in FIELDS])
-        other = [field for field in FIELDS if record[field] != there[field]]
-        return False, other and "enrolled with another %s, and left so" % " and ".join(other)
-
-def enroll(options, name):
-    """Add the agents of a source that the manager lacks; returns the exit status."""
-    manager, report, added = Manager(options), Report(2), 0
-    source = open_source(name, number_of(options, "--timeout", SECONDS))
+def attempt(report, what, ask, *arguments):
+    """Tell what comes of a way of asking, which gives bytes or raises Trouble, and in what time."""
+    started, level = time.monotonic(), "error"
     try:
-        for number, record in report.records(source):
-            if not all(record.values()):
-                continue
-            is_new, problem = manager.enroll(record)
-            added += is_new
-            if problem:
-                report.tell("error", "%s %d: %s: %s" % (
-                    source.unit, number, agent_of(record), problem))
+        text, level = verdict_of(ask(*arguments)), "info"
     except Trouble as trouble:
-        raise Trouble("%s (%d enrolled before; the next run goes on)" % (trouble, added)) from None
-    report.end()
-    if report.terminal or report.count["error"] or "-v" in options:
-        say(2, "%s: %s, %d enrolled now, %s" % (name, counted(
-            report.agents, "agent"), added, counted(report.count["error"], "error")))
-    return 1 if report.count["error"] else 0
+        text = str(trouble)
+    report.tell(level, "%s %s, in %.1f ms" % (what, text, 1000 * (time.monotonic() - started)))
+
+def check_manager(home, name, report):
+    """Tell why a manager does not enrol, and whom it has; raises Reply or OSError."""
+    try:
+        ask_as_manager(home, report)
+    except Trouble as trouble:
+        report.tell("error", str(trouble))
+    if not report.store:
+        return  # the source could not be read
+    keys = open_source(home + "/etc/client.keys", SECONDS)
+    kept = (tuple(judge(row)[0].values()) for _, row in keys.rows())
+    enrolled = {agent[0]: agent for agent in kept}
+    there = [enrolled[agent[0]] == agent if agent[0] in enrolled else None
+             for agent in report.store.execute(ROWS)]
+    report.tell("info", "%s: %d enrolled, %d not, %d with another name, address or key" % (
+        name, there.count(True), there.count(None), there.count(False)))
 
 def check(options, name):
     """Report on a source, the server with --socket, the manager with --manager: the exit status."""
     report, seconds = Report(1, "--json" in options), number_of(options, "--timeout", SECONDS)
+    home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
     steps = [lambda: check_source(name, seconds, report)]
     if "--socket" in options:
-        steps.append(lambda: attempt(report, "server", check_server, options["--socket"], seconds))
+        steps.append(lambda: attempt(
+            report, "server", ask_server, options["--socket"], ["id", NOBODY], seconds))
     if "--manager" in options:
-        steps.append(lambda: Manager(options).check(name, report))
+        steps.append(lambda: check_manager(home, name, report))
     for step in steps:
         try:
             step()
@@ -1537,6 +1461,58 @@ def check(options, name):
     if report.as_json:
         say(1, to_json({"agents": report.agents, "errors": report.count["error"],
                         "notes": report.count["note"], "findings": report.findings}))
+    return 1 if report.count["error"] else 0
+
+def tell_manager(home, function, arguments):
+    """A message to authd's own socket, and its answer: (error, dict); raises Trouble."""
+    path = home + "/queue/sockets/auth"
+    message = to_json({"function": function, "arguments": arguments}).encode("ascii")
+    try:
+        with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as stream:
+            connection.settimeout(30)
+            connection.connect(path)
+            connection.sendall(struct.pack("<I", len(message)) + message)
+            reply = json.loads(stream.read(65540)[4:].decode("latin-1"))  # then it closes
+        number, data = reply["error"], dict(reply.get("data", {}))
+        if type(number) is not int:
+            raise ValueError
+    except OSError as error:
+        raise Trouble("no manager at %s: %s" % (path, error.strerror or error)) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Trouble("%s closed, or gave no answer that we understand" % path) from None
+    if number == 9015:
+        raise Trouble("this manager is a worker of a cluster: run --enroll on its master")
+    return number, data
+
+def enroll(options, name):
+    """Add the agents that a manager lacks, and change none that it has: the exit status."""
+    home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
+    report, added = Report(2), 0
+    source = open_source(name, number_of(options, "--timeout", SECONDS))
+    try:
+        for number, record in report.records(source):
+            if not all(record.values()):
+                continue
+            where = "%s %d: %s: " % (source.unit, number, agent_of(record))
+            error, there = tell_manager(home, "get", {"id": record["id"]})
+            if error == 9011:  # it is not there
+                (error, _), there = tell_manager(home, "add", record), record
+                added += not error
+            if error:
+                report.tell("error", "%snot enrolled: %s" % (
+                    where, REFUSALS.get(error, "the manager says error %d" % error)))
+                continue
+            there, _ = judge([there.get(field) for field in FIELDS])
+            other = [field for field in FIELDS if record[field] != there[field]]
+            if other:
+                report.tell("error", "%senrolled with another %s, and left so" % (
+                    where, " and ".join(other)))
+    except Trouble as trouble:
+        raise Trouble("%s (%d enrolled before; the next run goes on)" % (trouble, added)) from None
+    report.end()
+    if report.terminal or report.count["error"] or "-v" in options:
+        say(2, "%s: %s, %d enrolled now, %s" % (name, counted(
+            report.agents, "agent"), added, counted(report.count["error"], "error")))
     return 1 if report.count["error"] else 0
 
 # ------------------------------------------------------------------------------------------- main

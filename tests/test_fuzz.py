@@ -411,8 +411,6 @@ def test_configurations_of_managers(share: int, monkeypatch: pytest.MonkeyPatch)
     tried: list[str] = []
     monkeypatch.setattr(script, "open", open_file, raising=False)
     monkeypatch.setattr(script, "attempt", lambda _report, what, *_: tried.append(what[:6]))
-    monkeypatch.setattr(script.Manager, "compare", lambda *_: None)
-    manager = script.Manager({"--manager": "/no/such/home"})
     told = set()
     for chance in cases(share):
         text = chance.choice(CONFIGURATIONS)
@@ -422,7 +420,9 @@ def test_configurations_of_managers(share: int, monkeypatch: pytest.MonkeyPatch)
             files["json"] = chance.choice(["", "{}", "[]", '"4.14"', '{"version": 4}'])
         report = script.Report(1, as_json=True)
         try:
-            manager.check("a.db", report)
+            script.ask_as_manager("/no/such/home", report)
+        except script.Trouble as trouble:
+            report.tell("error", str(trouble))
         except Exception as error:
             raise AssertionError(files) from error
         told |= {finding["text"][:20] for finding in report.findings}

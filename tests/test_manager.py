@@ -194,9 +194,13 @@ PATHS: dict[str, tuple[str, dict[tuple[str, ...], str]]] = {
 def test_settings_are_read(case: str) -> None:
     """Several roots, comments and raw letters, as the manager takes them."""
     text, expected = PATHS[case]
-    settings = script.read_configuration(text)
-    assert {path: settings.get(path) for path in expected} == expected
-    assert expected.keys() >= {path for path in settings if path and settings[path]}
+    for (*outer, name), value in expected.items():
+        block = text
+        for tag in ["r", *outer]:
+            block = script.inside(block, tag)
+        settings = dict(script.SETTING.findall(block))
+        assert settings[name] == value
+        assert {(*outer, other) for other in settings} <= expected.keys()
 
 
 def test_any_text_is_read_without_an_exception() -> None:
@@ -208,8 +212,9 @@ def test_any_text_is_read_without_an_exception() -> None:
         for _ in range(dice.randrange(1, 6)):
             place = dice.randrange(len(text))
             text[place : place + dice.randrange(9)] = dice.choice(["", "<", ">", "/", "<!--", '"'])
-        settings = script.read_configuration("".join(text))
-        assert all(isinstance(value, str) for value in settings.values())
+        for tag in "auth", "key_request", script.WODLE:
+            block = script.inside("".join(text), tag)
+            assert isinstance(block, str) and dict(script.SETTING.findall(block)) is not None
 
 
 # ---------------------------------------------------------------- what a manager would do
@@ -323,6 +328,8 @@ CONFIGURATIONS = {
     ),
     "socket": Case(key_request(SOCK), ran=0, asked=1),
     "socket and exec_path": Case(key_request(SOCK + EXEC), asked=1),
+    "an empty socket": Case(key_request("<socket></socket>" + EXEC)),
+    "an empty socket, 4.3": Case(wodle("<socket></socket>" + EXEC), version=V43),
     "socket, nobody listens": Case(
         key_request("<socket>queue/stale</socket>"),
         (("queue/stale", "Connection refused"),),
@@ -412,38 +419,44 @@ def test_the_folder_that_exists(
 # ---------------------------------------------------------------- what comes of asking
 
 DATA = '{"id": "001", "name": "a", "ip": "any", "key": "%sx"}' % SECRET
-VERDICTS: dict[str, tuple[bytes, int, bool, str]] = {
-    "sound": (SOUND.encode() + b"\n", 0, True, "sound answer"),
-    "blanks before": (b" \n\t" + SOUND.encode(), 0, True, "sound answer"),
-    "text after": (SOUND.encode() + b"\nwarning: {}\n", 0, True, "sound answer"),
-    "text before": (b"warning: x\n" + SOUND.encode(), 0, False, "text before the JSON"),
-    "no JSON": (b"Traceback (most recent call last)\n", 0, False, "no JSON"),
-    "half of it": (SOUND.encode()[:-9], 0, False, "JSON"),
-    "nothing": (b"", 0, False, "no answer"),
-    "blanks alone": (b"\n", 0, False, "no"),
-    "a status": (SOUND.encode(), 2, False, "status 2"),
-    "a signal": (b"", -9, False, "signal 9"),
-    "a list": (b"[4]", 0, False, "JSON"),
-    "a number": (b"4", 0, False, "JSON"),
-    "no error": (b'{"message": "x"}', 0, False, "JSON"),
-    "another error": (b'{"error": 2, "message": "Cannot read"}', 0, False, "error 2, Cannot read"),
-    "bad words": (b'{"error": 3, "message": "Bad arguments given"}', 0, False, "error 3"),
-    "an agent": (b'{"error": 0, "data": %s}' % DATA.encode(), 0, False, "error 0"),
-    "a message that is none": (b'{"error": 2, "message": [1]}', 0, False, "error 2"),
-    "beyond ASCII": (b'{"error": 4, "message": "\xc3\xa9\xff"}', 0, True, "sound answer"),
-    "a number that is a text": (b'{"error": "4", "message": "x"}', 0, False, "no number"),
-    "true": (b'{"error": true, "message": "x"}', 0, False, "no number"),
-    "a key in a list": (b'{"error": ["%s"]}' % SECRET.encode(), 0, False, "no number"),
-    "an agent that nobody has": (b'{"error": 0}', 0, False, "hands out a key"),
-    "zero bytes": (b"\0" * 9, 0, False, "no JSON"),
+VERDICTS: dict[str, tuple[bytes, bool, str]] = {
+    "sound": (SOUND.encode() + b"\n", True, "sound answer"),
+    "blanks before": (b" \n\t" + SOUND.encode(), True, "sound answer"),
+    "text after": (SOUND.encode() + b"\nwarning: {}\n", True, "sound answer"),
+    "text before": (b"warning: x\n" + SOUND.encode(), False, "text before the JSON"),
+    "no JSON": (b"Traceback (most recent call last)\n", False, "no JSON"),
+    "half of it": (SOUND.encode()[:-9], False, "JSON"),
+    "nothing": (b"", False, "no answer"),
+    "blanks alone": (b"\n", False, "no"),
+    "a list": (b"[4]", False, "JSON"),
+    "a number": (b"4", False, "JSON"),
+    "no error": (b'{"message": "x"}', False, "JSON"),
+    "another error": (b'{"error": 2, "message": "Cannot read"}', False, "error 2, Cannot read"),
+    "bad words": (b'{"error": 3, "message": "Bad arguments given"}', False, "error 3"),
+    "an agent": (b'{"error": 0, "data": %s}' % DATA.encode(), False, "error 0"),
+    "a message that is none": (b'{"error": 2, "message": [1]}', False, "error 2"),
+    "beyond ASCII": (b'{"error": 4, "message": "\xc3\xa9\xff"}', True, "sound answer"),
+    "a number that is a text": (b'{"error": "4", "message": "x"}', False, "no number"),
+    "true": (b'{"error": true, "message": "x"}', False, "no number"),
+    "a key in a list": (b'{"error": ["%s"]}' % SECRET.encode(), False, "no number"),
+    "an agent that nobody has": (b'{"error": 0}', False, "hands out a key"),
+    "zero bytes": (b"\0" * 9, False, "no JSON"),
 }
+
+
+def outcome(function: Callable[..., Any], *arguments: Any) -> tuple[bool, str]:
+    """Whether it goes well, and what is said of it."""
+    try:
+        return True, function(*arguments)
+    except script.Trouble as problem:
+        return False, script.message_of(problem)
 
 
 @pytest.mark.parametrize("case", VERDICTS)
 def test_verdicts(case: str) -> None:
     """What the manager makes of an answer, in words, and never what is in it."""
-    output, status, well, words = VERDICTS[case]
-    is_well, text = script.verdict_of(output, status)
+    output, well, words = VERDICTS[case]
+    is_well, text = outcome(script.verdict_of, output)
     assert (is_well, words in text) == (well, True), text
     assert SECRET not in text and script.printable(text) == text
 
@@ -478,14 +491,15 @@ def test_silence_is_waited_for_as_long_as_the_manager_waits(home: Home) -> None:
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     program = home.program("bin/ask", f"exec 3>{fifo}\necho >&3\nsleep 100 &\nwait")
-    well, text = script.Manager({"--manager": str(home.path)}).run([str(program)], 0.5)
+    well, text = outcome(script.run, str(home.path), [str(program)], 0.5)
     assert not well and "silent" in text
     assert os.read(reader, 9) == b"\n"
     assert select.select([reader], [], [], 60)[0], "a child goes on"  # nobody writes any more
     os.close(reader)
     with answering(home.path / "queue/sock", b"") as requests:
-        well, text = script.check_server(str(home.path / "queue/sock"), 0.2)
-    assert not well and "queue/sock" in text and "timed out" in text and requests
+        path = str(home.path / "queue/sock")
+        text = script.ask_server(path, ["id", "00000000"], 0.2).decode()
+    assert "queue/sock" in text and "timed out" in text and requests
 
 
 PROBE = """
