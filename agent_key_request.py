@@ -1472,13 +1472,14 @@ def tell_manager(home, function, arguments):
             connection.settimeout(30)
             connection.connect(path)
             connection.sendall(struct.pack("<I", len(message)) + message)
-            reply = json.loads(stream.read(65540)[4:].decode("latin-1"))  # then it closes
+            length, = struct.unpack("<I", stream.read(4))
+            reply = json.loads(stream.read(min(length, 65536)).decode("latin-1"))
         number, data = reply["error"], dict(reply.get("data", {}))
         if type(number) is not int:
             raise ValueError
     except OSError as error:
         raise Trouble("no manager at %s: %s" % (path, error.strerror or error)) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error):
         raise Trouble("%s closed, or gave no answer that we understand" % path) from None
     if number == 9015:
         raise Trouble("this manager is a worker of a cluster: run --enroll on its master")
