@@ -284,7 +284,7 @@ def test_what_the_store_is(stores: Stores, store: Path) -> None:
             ("table", "agent", "agent"),
             *(("index", f"agent_{field}", "agent") for field in ("id", "ip", "name")),
         ]
-        assert database.execute("PRAGMA application_id").fetchone() == (script.APPLICATION_ID,)
+        assert database.execute("PRAGMA application_id").fetchone() == (0x414B5251,)  # for ever
         assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
@@ -871,6 +871,17 @@ def test_what_it_builds_in_is_not_its_source(stores: Stores, store: Path) -> Non
     store.parent.chmod(0o1777)
     assert "writable by everybody" in refused(store, source).err
     assert not store.exists()
+
+
+def test_its_source_is_asked_for_as_long_as_timeout_says(old_store: Path) -> None:
+    """10 s, as in a request, unless it says so."""
+    def before() -> None:
+        def told(_name: str, seconds: float, _whole: object) -> None:
+            raise script.Reply(2, f"{seconds:g} s")
+        script.open_source = told
+
+    for options, seconds in ((), "10 s"), (("--timeout", "7"), "7 s"):
+        assert seconds in refused(old_store, "a.db", *options, before=before).err
 
 
 def test_a_pipe_by_its_name(stores: Stores, store: Path) -> None:
