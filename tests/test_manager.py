@@ -485,7 +485,9 @@ def test_programs(case: str, home: Home, store: Path, command: Callable[..., Sai
     assert (said.status, lines[0].startswith("error: ")) == (not well, not well)
 
 
-def test_silence_is_waited_for_as_long_as_the_manager_waits(home: Home) -> None:
+def test_silence_is_waited_for_as_long_as_the_manager_waits(
+    home: Home, store: Path, command: Callable[..., Said]
+) -> None:
     """Then it is said, and what was started is ended, its children, too."""
     fifo = home.path / "bin/fifo"
     os.mkfifo(fifo)
@@ -496,10 +498,12 @@ def test_silence_is_waited_for_as_long_as_the_manager_waits(home: Home) -> None:
     assert os.read(reader, 9) == b"\n"
     assert select.select([reader], [], [], 60)[0], "a child goes on"  # nobody writes any more
     os.close(reader)
+    home.configure(key_request(SOCK + "<timeout>0.2</timeout>"))
+    home.version(V4)
     with answering(home.path / "queue/sock", b"") as requests:
-        path = str(home.path / "queue/sock")
-        text = script.ask_server(path, ["id", "00000000"], 0.2).decode()
-    assert "queue/sock" in text and "timed out" in text and requests
+        said = command("--check", "--manager", home.path, "--db", store)
+    (line,) = [line for line in said.errors if "queue/sock" in line]
+    assert "timed out" in line and requests
 
 
 PROBE = """
