@@ -1125,6 +1125,7 @@ def test_while_another_one_is_at_work(
         os.close(reader)
         stream.write(tabs(GOOD[:1]).encode())
         until(lambda: place.exists() and place.stat().st_size, "the store that it builds")
+        until(lambda: waits_for_input(first.pid), "it to wait for more")
         before = seen(place)
         said = forked("--db", old_store, "--import", stores.csv(GOOD))
         assert said.status == 1 and "another import" in said.err and str(place) in said.err

@@ -62,7 +62,7 @@ class Child:
         os.setpgid(0, 0)  # Ctrl-C is for the parent, which sends SIGTERM then
         prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
         plugins = self.config.pluginmanager
-        plugins.unregister(name="terminalreporter")
+        plugins.getplugin("terminalreporter")._tw._file = open(os.devnull, "w")  # the parent tells
         plugins.register(self)
         capture = plugins.getplugin("capturemanager")
         capture.stop_global_capturing()  # its files are the other's, too
