@@ -413,6 +413,14 @@ def as_text(value: Any) -> str:
 # ---------------------------------------------------------------- the source
 
 
+def test_a_last_line_without_an_end(stores: Stores, check: Check) -> None:
+    """Its key may have been cut."""
+    for name, header in ("a.csv", "id,name,ip,key\n001,a,any,k"), ("client.keys", "001 a any k"):
+        checked = check(stores.text(header, name))
+        assert [error for error in checked.errors if "has no end" in error], checked
+
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "csv"])
 def test_a_source_that_others_may_read_or_write(stores: Stores, check: Check, kind: str) -> None:
     """Who reads it has the keys: a note. Who writes it enrols agents: no request is answered."""

@@ -443,6 +443,7 @@ mysql://u@h/d?x=1&password=piece  mysql://u@h/d?%70assword=piece  mysql://u@h/d?
 mysql://u@h/d?password1=piece  postgresql://u@h/d?sslpassword=piece  mysql://u@h/d?local_infile=1
 mysql://u@h/d?allow_local_infile=1  mysql://u@h/d?allow_local_infile_in_path=/
 mysql://u%3Apiece@h/d  postgresql://u%3apiece@h/d
+mysql://u%3Apiece      postgresql://u%3apiece/d
 """.split()
 
 
