@@ -344,11 +344,11 @@ class SqliteSource:
     def find(self, field, texts):
         """The rows in which the field is one of the texts, or the number that an id is, unless the
         column has a type that decides which of them it holds."""
-        if self.typed is None:
+        if field == "id" and self.typed is None:
             types = {column[1].lower(): column[2].upper()
                      for column in self.query("PRAGMA table_info(agent)")}
             self.typed = types.get("id", "") not in ("", "ANY") and "BLOB" not in types["id"]
-        values = texts if self.typed or field == "ip" else texts + [int(texts[0])]
+        values = texts if field == "ip" or self.typed else texts + [int(texts[0])]
         return list(self.query(query_for(field, "?", len(values)), values))
 
     def rows(self):
@@ -1304,6 +1304,10 @@ REFUSALS = {9006: "the manager does not take its address", 9007: "another agent 
 WODLE = 'wodle name="agent-key-polling"'
 SETTING = re.compile(r"<(\w+)\s*>\s*(.*?)\s*</\1\s*>", re.DOTALL)
 
+def home_of(options):
+    """The manager's folder: what --manager names, or where it usually is."""
+    return options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
+
 def inside(text, tag):
     """What is in the elements of an ossec.conf (no XML) that begin with a tag, all as one str."""
     text = re.sub("<!--.*?-->", "", text, flags=re.DOTALL)
@@ -1441,7 +1445,7 @@ def check_manager(home, name, report):
 def check(options, name):
     """Report on a source, the server with --socket, the manager with --manager: the exit status."""
     report, seconds = Report(1, "--json" in options), number_of(options, "--timeout", SECONDS)
-    home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
+    home = home_of(options)
     steps = [lambda: check_source(name, seconds, report)]
     if "--socket" in options:
         steps.append(lambda: attempt(
@@ -1487,8 +1491,7 @@ def tell_manager(home, function, arguments):
 
 def enroll(options, name):
     """Add the agents that a manager lacks, and change none that it has: the exit status."""
-    home = options.get("--manager") or next(filter(os.path.isdir, HOMES), HOMES[0])
-    report, added = Report(2), 0
+    home, report, added = home_of(options), Report(2), 0
     source = open_source(name, number_of(options, "--timeout", SECONDS))
     try:
         for number, record in report.records(source):

@@ -283,6 +283,12 @@ def stores(tmp_path: Path) -> Stores:
     return Stores(folder)
 
 
+def half(path: Path) -> Path:
+    """Cut a file in the middle."""
+    os.truncate(path, path.stat().st_size // 2)
+    return path
+
+
 @pytest.fixture
 def locked() -> Iterator[Callable[[Path], None]]:
     """Hold an exclusive lock on a database until the test ends."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import KEY, PLAIN_SCHEMA, SAMPLE, UNTYPED_SCHEMA, Caller, Record, Stores, script
+from conftest import KEY, PLAIN_SCHEMA, SAMPLE, UNTYPED_SCHEMA, Caller, Record, Stores, half, script
 from serving import records, serving
 from test_import import SECRET, Child, become, forked
 
@@ -513,11 +513,6 @@ UNREADABLE: dict[str, Callable[[Stores], Path]] = {
 def another(path: Path) -> Path:
     with contextlib.closing(sqlite3.connect(str(path))) as database:
         database.execute("ALTER TABLE agent RENAME TO host")
-    return path
-
-
-def half(path: Path) -> Path:
-    os.truncate(path, path.stat().st_size // 2)
     return path
 
 

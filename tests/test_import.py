@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import KEY, PLAIN_SCHEMA, SAMPLE, Caller, Record, Stores, script
+from conftest import KEY, PLAIN_SCHEMA, SAMPLE, Caller, Record, Stores, half, script
 from serving import Load, records, serving, until
 
 LIMIT = 120.0  # seconds for one import, on a very busy machine
@@ -724,11 +724,6 @@ UNREADABLE: dict[str, Callable[[Stores], Path]] = {
     "no agents": lambda stores: stores.text("CREATE TABLE other (id);\n", "other.sql"),
     "half a database": lambda stores: half(stores.sqlite(records(2000), name="source.db")),
 }
-
-
-def half(path: Path) -> Path:
-    os.truncate(path, path.stat().st_size // 2)
-    return path
 
 
 @pytest.mark.parametrize("what", UNREADABLE)

@@ -868,6 +868,9 @@ ENDS: dict[str, tuple[str | bytes, int]] = {
     "no object": (b"\2\0\0\0[]", 1),
     "no error": (b"\2\0\0\0{}", 1),
     "endless": (b"\xff\xff\xff\xff{}", 1),
+    "an error that is a list": (b'\x0d\0\0\0{"error":[1]}', 1),
+    "an error that is a text": (b'\x0d\0\0\0{"error":"9"}', 1),
+    "too deep": (b"\x60\xea\0\0" + b"[" * 60_000, 1),
     "data of another kind": (b'\x14\0\0\0{"error":0,"data":7}', 1),
 }
 
