@@ -196,21 +196,20 @@ def is_text(value, letters, least, most):
 def judge(row):
     """A stored row as (record, faults): the one place that decides what may reach the manager,
     which checks next to nothing. record: dict of str; faults: those of the RULES that it breaks."""
-    stored_id, name, ip, key = row
-    record = {"id": id_of(stored_id), "name": text_of(name), "ip": "", "key": text_of(key)}
-    if isinstance(key, float):
-        record["key"] = ""  # a column for numbers took it for one, and has changed it
+    agent, name, ip, key = row
+    agent, name, ip = id_of(agent), text_of(name), text_of(ip)
+    key = "" if isinstance(key, float) else text_of(key)  # a column for numbers has changed it
     try:
-        record["ip"] = canonical(text_of(ip))
+        ip = canonical(ip)
     except ValueError:
-        pass
-    agent, name, ip, key = record.values()
-    sound = {
-        "id": is_text(agent, DIGITS, 3, 8) and agent == "%03d" % int(agent) != "000",
-        "name": is_text(name, NAME_LETTERS, 1, 128) and name[0] != ".",
-        "ip": ip,
-        "key": 1 <= len(key) <= 128 and is_printable(key)}
-    return record, [] if all(sound.values()) else [RULES[name] for name in sound if not sound[name]]
+        ip = ""
+    sound = (
+        is_text(agent, DIGITS, 3, 8) and agent != "000" and (len(agent) == 3 or agent[0] != "0"),
+        is_text(name, NAME_LETTERS, 1, 128) and name[0] != ".",
+        ip,
+        1 <= len(key) <= 128 and is_printable(key))
+    faults = [] if all(sound) else [RULES[field] for field, ok in zip(FIELDS, sound) if not ok]
+    return {"id": agent, "name": name, "ip": ip, "key": key}, faults
 
 def agent_of(record):
     """`agent 001`; an id that is none is not shown: it may be a key in the wrong column."""
@@ -262,12 +261,12 @@ def best(rows, field, texts):
 def check_file(name):
     """The path, links followed, of a file that may serve as a key source, because only its owner,
     his group and root can have put an agent into it, or something in its place; raises Reply."""
-    path, problem = name, ""
+    path, problem = name if "/" in name else "./" + name, ""
     try:
         if posix.stat(path).st_mode & 0o170000 != 0o100000:
             raise Reply(2, "%s: not a regular file" % name)
         for _ in range(40):  # links: as many as the kernel follows
-            folder = path.rpartition("/")[0] + "/" if "/" in path else "./"
+            folder = path.rpartition("/")[0] + "/"
             if posix.stat(folder).st_mode & 0o002:
                 problem = "its folder %s is writable by everybody: move it to another" % folder
             try:
@@ -276,12 +275,11 @@ def check_file(name):
                 break
             path = link if link.startswith("/") else folder + link
         status = posix.stat(path)
-        for beside in ("", "-wal", "-shm", "-journal"):  # SQLite takes what is there for its own
-            if beside and not posix.access(path + beside, posix.F_OK):
-                continue
-            other = posix.stat(path + beside)
+        beside = [path + end for end in ("-wal", "-shm", "-journal")]  # SQLite reads them, too
+        for file in [path] + [file for file in beside if posix.access(file, posix.F_OK)]:
+            other = posix.stat(file)
             if other.st_mode & 0o002 or other.st_uid not in (0, status.st_uid):
-                problem = "%s%s is writable by everybody, or somebody else's" % (path, beside)
+                problem = "%s is writable by everybody, or somebody else's" % file
     except OSError as error:
         problem = error.strerror
     if problem:
@@ -311,7 +309,6 @@ def open_source(name, seconds, whole=None):
     if not head.startswith(b"SQLite format 3\0"):
         return open_text(open(name, "rb"), name, whole)
     import _sqlite3  # `sqlite3` is 5 M instructions more, for names that nothing here needs
-    path = path if path.startswith("/") else "./" + path
     # A WAL database wants files beside it, though it only reads; not if nobody is at work on it.
     frozen = head[19:] == b"\2" and not posix.access(path + "-wal", posix.F_OK) and (
         not posix.access(path.rpartition("/")[0] + "/", posix.W_OK))
@@ -829,7 +826,7 @@ class Conversation(socketserver.BaseRequestHandler):
         words = received.rstrip(b"\r\n\0").decode("latin-1").split(":", 1)
         reply = Reply(3, ": more than %d bytes" % REQUEST_LENGTH)
         if len(received) <= REQUEST_LENGTH:
-            reply = answer(words, self.server.find_source, self.server.name)
+            reply = answer(words, self.server.find_source)
         try:
             self.request.sendall(reply.line())  # far less than a socket holds: it does not wait
         except OSError:
@@ -970,7 +967,6 @@ class Server(socketserver.UnixStreamServer):
             signal(LOOK, lambda *_: None)  # a retried accept sees that the socket was shut down
             pthread_sigmask(SIG_UNBLOCK, SIGNALS)
             self.work(parent)
-            os._exit(0)
         except BaseException as error:
             self.log.write(True, "worker %d: %s" % (os.getpid(), unforeseen(error).message))
         finally:
@@ -1166,7 +1162,7 @@ def counted(number, what):
 def whole(lines, before):
     """The lines of a file that is imported: who writes it may have died, or be within the last.
     before: the list of the lines that were read already."""
-    number, line = len(before), "".join(before[-1:])
+    number, line = len(before), (before or [""])[-1]
     for line in filter(None, lines):
         number += 1
         yield line

@@ -37,7 +37,7 @@ class Authd:
     worker: whether it is a worker node of a cluster; fails: functions that give error 9001.
     manner: how it answers, once it has given `sound` answers: `well`; in `pieces`; `closed`: it
     closes without having done anything; `done`: it does what it was told, and closes; `cut`: it
-    closes within the answer; `silent`; or the bytes to answer.
+    closes within the answer; `silent`; or the bytes to answer. stays: it does not close after them.
     """
 
     def __init__(self, home: Path, agents: Iterable[Sequence[str]] = (), **settings: Any) -> None:
@@ -50,7 +50,7 @@ class Authd:
         self.messages: list[dict[str, Any]] = []
         self.host, self.room, self.worker, self.fails = "manager", 100_000, False, ()
         self.manner: str | bytes = "well"
-        self.sound = 0
+        self.sound, self.stays = 0, False
         for row in agents:
             assert not self.add(dict(zip(FIELDS, row)))
         vars(self).update(settings)
@@ -138,6 +138,8 @@ class Authd:
             peer.recv(1)  # until the other side gives up
         if isinstance(manner, bytes):
             peer.sendall(manner)
+            while self.stays and peer.recv(1):
+                pass  # until the other side closes
         if manner in ("silent", "closed") or isinstance(manner, bytes):
             return
         content = json.dumps(self.do(message), separators=(",", ":")).encode()

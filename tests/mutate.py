@@ -133,7 +133,8 @@ def test(folder: Path, content: bytes, files: list[Path], patience: float) -> tu
     script.chmod(0o755)
     environment = {**os.environ, "TMPDIR": str(folder), "AGENT_KEY_SCRIPT": str(script)}
     environment["AGENT_KEY_PYTHONS"] = os.environ.get("AGENT_KEY_PYTHONS", PYTHON).split()[0]
-    command = [sys.executable, "-m", "pytest", "-xq", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-xq", "-m", "not slow", "--failed-first"]
+    command += ["-o", f"cache_dir={folder.parent}/cache"]  # what killed its neighbour comes first
     command += [f"--basetemp={folder}/p", *map(str, files)]
     with (folder / "said").open("w") as said, contextlib.suppress(subprocess.TimeoutExpired):
         how = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}

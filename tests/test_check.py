@@ -430,6 +430,8 @@ def test_a_source_that_others_may_read_or_write(stores: Stores, check: Check, ki
         checked = check(source)
         assert (checked.status, checked.notes) == (
             0, [f"others may read {source}, and keys are secrets: chmod o-r it"])
+    source.chmod(0o601)
+    assert check(source).lines == [HEALTHY]
     source.chmod(0o602)
     assert ask(source, "id", "001").number == 2
     checked = check(source)

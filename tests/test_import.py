@@ -655,6 +655,7 @@ def lines(*texts: str, end: str = "\n") -> str:
 NO_END = {
     "csv": (2, lines("id,name,ip,key", "001,a,any,k")),
     "csv, within an address": (3, lines("id,name,ip,key", "001,a,any,k", "002,b,10.0.0.1")),
+    "csv, a key that ends with a letter": (2, lines("id,name,ip,key", "001,a,any,X")),
     "csv, a header only": (1, "id,name,ip,key"),
     "csv, comments before the header": (
         5, lines("\ufeff# a", "", "# b", "id;name;ip;key", "001;a;any;k")),
@@ -731,7 +732,9 @@ def test_a_source_that_cannot_be_read(stores: Stores, old_store: Path, what: str
     """One line that names it."""
     source = UNREADABLE[what](stores)
     said = refused(old_store, source)
-    assert len(said.lines) == 1 and str(source) in said.err
+    assert len(said.lines) == 1 and said.err.count(str(source)) == 1
+    assert said.err.startswith(f"agent_key_request: error: {source}: ")
+    assert said.err.endswith(f", nothing imported, {old_store} is as it was\n")
 
 
 # ---------------------------------------------------------------- whose it is
@@ -985,6 +988,19 @@ def test_ended_while_it_waits_for_standard_input(
             said = child.wait()
         assert said.status == 1 and "interrupted, nothing imported" in said.err, said
         assert rows(old_store) == OLD and beside(old_store) == set()
+
+
+def test_what_it_builds_is_taken_away(old_store: Path, start: Callable[..., Child]) -> None:
+    """Somebody clears the folder: it ends as in any other case."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb", 0):
+        child = start("--db", old_store, "--import", "-", stdin=reader)
+        os.close(reader)
+        until(lambda: waits_for_input(child.pid), "it to wait for its input")
+        (old_store.parent / (old_store.name + ".import")).unlink()
+    said = child.wait()
+    assert (said.status, len(said.lines)) == (1, 1) and "nothing imported" in said.err, said
+    assert rows(old_store) == OLD and beside(old_store) == set()
 
 
 def waits_for_input(pid: int) -> bool:

@@ -179,6 +179,9 @@ PATHS: dict[str, tuple[str, dict[tuple[str, ...], str]]] = {
     "two comments": ("<r><!-- x --><a>1</a><!-- y --></r>", {("a",): "1"}),
     "a comment within text": ("<r><a>1<!-- x -->2</a></r>", {("a",): "12"}),
     "a comment around the root": ("<!-- <r><a>1</a></r> --><r><b>2</b></r>", {("b",): "2"}),
+    "attribute, over two lines": ('<r><wodle\n  name="x" ><a>1</a></wodle></r>', {
+        ('wodle name="x"', "a"): "1"}),
+    "text in two": ("<r><a><b>x</a><a>y</b></a></r>", {("a", "b"): "xy"}),
     "attribute": ('<r><wodle name="x"><a>1</a></wodle></r>', {('wodle name="x"', "a"): "1"}),
     "raw ampersand": ("<r><a>x && y; echo &amp;</a></r>", {("a",): "x && y; echo &amp;"}),
     "raw less-than": ("<r><c>1 < 2</c><a>1</a></r>", {("a",): "1", ("c",): "1 < 2"}),
@@ -271,6 +274,11 @@ CONFIGURATIONS = {
     "wodle, not enabled": Case(wodle(OFF + EXEC), (NOT_ENABLED,), V43, 0),
     "another wodle": Case(wodle(EXEC).replace("agent-key-polling", "x"), (NO_WODLE,), V43, 0),
     "key_request, 4.3": Case(key_request(EXEC), (NO_WODLE,), V43, 0),
+    "wodle and server, 4.4": Case(
+        wodle(SOCK + "<exec_path>bin/ask --serve</exec_path>"),
+        version='{"version": "4.4.0"}',
+        asked=1,
+    ),
     "key_request, 4.4": Case(key_request(EXEC), version='{"version": "v4.4.0"}'),
     "no version": Case(key_request(EXEC), version=None, notes=1),
     "no version, wodle": Case(wodle(EXEC), version=None, notes=1),
@@ -284,6 +292,12 @@ CONFIGURATIONS = {
         key_request(EXEC), (("5.1", "asks nobody", "--enroll"),), '{"version": "5.1.2"}', 0
     ),
     "timeout as ours": Case(key_request(EXEC + "<timeout>10</timeout>"), (("10 s",),)),
+    "timeout of a manager that names none": Case(
+        key_request("<exec_path>bin/ask --timeout 60</exec_path>"), (("timeout, 60 s", "60 s"),)
+    ),
+    "timeout of a manager that names none, longer": Case(
+        key_request("<exec_path>bin/ask --timeout 59.9</exec_path>")
+    ),
     "timeout longer": Case(key_request(EXEC + "<timeout>11</timeout>")),
     "timeout shorter than --timeout": Case(
         key_request("<exec_path>bin/ask --timeout 20</exec_path><timeout>15</timeout>"),
@@ -309,7 +323,7 @@ CONFIGURATIONS = {
     "an endless tag": Case(ONE % ("<" + "a" * 200_000), (ASKS_NOBODY,), ran=0),
     "tags without end": Case(ONE % ("<a b" * 50_000), (ASKS_NOBODY,), ran=0),
     "unclosed quote": Case(
-        key_request('<exec_path>"bin/ask</exec_path>'), (("exec_path", "quot"),), ran=0
+        key_request('<exec_path>"bin/ask</exec_path>'), (("error: exec_path: No", "quot"),), ran=0
     ),
     "no program": Case(
         key_request("<exec_path>bin/none</exec_path>"),
@@ -378,7 +392,8 @@ def test_configurations(case: str, home: Home, store: Path, command: Callable[..
     runs = home.path / "bin/ran"
     assert (len(runs.read_text().splitlines()) if runs.exists() else 0) == ran
     assert requests == [b"id:00000000"] * asked
-    assert sum("gave a sound answer" in line for line in said.out) == ran + asked
+    for how, count in ("exec_path", ran), ("socket", asked):
+        assert sum(line.startswith(how + " gave a sound answer") for line in said.out) == count
     assert said.out[-1] == "3 agents, %d error%s, %d note%s" % (
         len(errors), "s" * (len(errors) != 1), notes, "s" * (notes != 1)
     )
@@ -465,6 +480,7 @@ PROGRAMS = {
     "text before": (f"echo oops >&2; echo '{SOUND}'", "text before the JSON"),
     "text after": (f"echo '{SOUND}'; echo oops >&2", "sound answer"),
     "a status": (f"echo '{SOUND}'; exit 3", "status 3"),
+    "a mistake": ("echo agent_key_request: error: Oops 1; echo More; exit 2", "away. agent_key"),
     "a signal": ("kill -KILL $$", "signal 9"),
     "nothing": ("exit 0", "no answer"),
     "a flood": ("exec 2>&1; yes & sleep 0.2; kill -KILL $!; wait; exit 3", "status 3"),
@@ -481,6 +497,7 @@ def test_programs(case: str, home: Home, store: Path, command: Callable[..., Sai
     said = command("--check", "--manager", home.path, "--db", store)
     lines = [line for line in said.out if "exec_path" in line]
     assert len(lines) == 1 and words in lines[0] and re.search(r"in [0-9.]+ ms$", lines[0]), said
+    assert case != "a mistake" or "error: Oops 1, in" in lines[0]  # its first line
     well = words == "sound answer"
     assert (said.status, lines[0].startswith("error: ")) == (not well, not well)
 
@@ -504,6 +521,17 @@ def test_silence_is_waited_for_as_long_as_the_manager_waits(
         said = command("--check", "--manager", home.path, "--db", store)
     (line,) = [line for line in said.errors if "queue/sock" in line]
     assert "timed out" in line and requests
+
+
+def test_a_broken_pipe_is_ignored_as_by_the_manager(
+    home: Home, store: Path, command: Callable[..., Said]
+) -> None:
+    """A shell takes over what it finds; a Python ignores it in any case."""
+    home.program("bin/ask", f"grep SigIgn /proc/$$/status >seen; echo '{SOUND}'")
+    home.configure(key_request(EXEC))
+    assert command("--check", "--manager", home.path, "--db", store).status == 0
+    ignored = int((home.path / "seen").read_text().split()[1], 16)
+    assert ignored >> 12 & 1
 
 
 PROBE = """
@@ -530,8 +558,8 @@ def test_exec_path_is_run_as_the_manager_runs_it(
     home: Home, store: Path, command: Callable[..., Said]
 ) -> None:
     """MANAGER.md, "Executable method": no shell, and all that differs from a shell's child."""
-    (home.path / "bin/a probe").write_text(PROBE)
-    words = rf"""  "{sys.executable}" -IS  bin/a\ probe --db "b c" 'd e' $HOME *.x "" \"&&\\ """
+    (home.path / "bin/a#X p").write_text(PROBE)
+    words = rf"""  "{sys.executable}" -IS  bin/a#X\ p --db "b c" 'd e' $HOME *.x "" \"&&\\ """
     home.configure(key_request(f"<exec_path>{words.strip()}</exec_path>"))
     mask, own_input = os.umask(0o077), os.dup(0)
     try:
@@ -649,6 +677,22 @@ def test_who_may_not_read_it_is_told_so(home: Home, stranger: Stranger) -> None:
     lines = [line for line in output if str(home.path) in line]
     assert status == 1 and len(lines) == 1, output
     assert f"{home.path}/etc/ossec.conf: Permission denied" in lines[0]
+
+
+def test_what_nobody_has_foreseen(
+    home: Home, store: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is an error without the exception's text, and the check goes on."""
+    def fail(*_: object) -> None:
+        raise LookupError(SECRET)
+
+    home.configure(key_request(EXEC))
+    home.program("bin/ask", f"echo '{SOUND}'")
+    monkeypatch.setattr(script, "verdict_of", fail)
+    assert script.main({"--check": "", "--manager": str(home.path)}, [], str(store)) == 1
+    out = capfd.readouterr().out.splitlines()
+    assert re.fullmatch("error: Internal error: LookupError in line [0-9]+ of the script", out[0])
+    assert out[1:] == ["3 agents, 1 error, 0 notes"]
 
 
 def test_a_source_that_cannot_be_checked(home: Home, command: Callable[..., Said]) -> None:
@@ -890,6 +934,16 @@ def test_an_end_in_between(
         assert command("--enroll", "--manager", home.path, "--db", store) == (0, [], [])
         assert list(manager.agents) == ["001", "002", "003"]
         assert sorted(manager.sent("add")) == ["001", "002", "003"]
+
+
+def test_a_manager_that_does_not_close(
+    home: Home, store: Path, command: Callable[..., Said]
+) -> None:
+    """What it says after the answer is not waited for."""
+    manner = b"\x0e\0\0\0" + b'{"error":9001}'
+    with authd.running(home.path, manner=manner, stays=True):
+        said = command("--enroll", "--manager", home.path, "--db", store)
+        assert "the manager says error 9001" in said.err[0] and len(said.err) == 4
 
 
 def test_an_answer_in_pieces(home: Home, store: Path, command: Callable[..., Said]) -> None:

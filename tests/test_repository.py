@@ -18,7 +18,7 @@ ALLOWED = {"agent_key_request.py", "README.md", "tests", "Makefile", "sample.db.
 INSTALLED = "usr/local/bin/agent_key_request.py"
 
 # What a reviewer has to read. Part one is all that runs as root for a request.
-LINES = 1614
+LINES = 1610
 PART_ONE_LINES = 600
 COLUMNS = 100
 FUNCTION_LINES = 40

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,7 +70,16 @@ def test_a_life_under_every_interpreter(
         server.wait_line("worker ")
         server.send(signal.SIGTERM)
         server.end()
+        assert server.lines[-1] == "agent_key_request: info: stopping"
         assert not server.path.exists()
+
+
+def test_what_it_takes_when_nothing_is_said(store: Path) -> None:
+    """As `--help` tells; less than one worker is one."""
+    for options, seconds, count in ({}, 5, 8), ({"--timeout": "3", "--workers": "0.5"}, 3, 1):
+        with script.Server("", str(store), options) as server:
+            assert (server.seconds, server.count) == (seconds, count)
+    assert "[--workers 8]" in script.HELP and "of --serve: 5 s for each request" in script.HELP
 
 
 def test_ps_shows_the_script_and_its_options(store: Path, tmp_path: Path, ask: Caller) -> None:
@@ -103,6 +113,7 @@ def test_mode_and_group(
         status = server.path.stat()
         assert (stat.S_IMODE(status.st_mode), status.st_gid) == (mode, group.gr_gid)
         assert server.error("id:001") == 0
+        assert stat.S_IMODE((tmp_path / "s.lock").stat().st_mode) == 0o600
         state = Path(f"/proc/{server.process.pid}/status").read_text()
         assert f"Umask:\t{umask:04o}\n" in state
         assert f"Gid:\t{own.gr_gid}\t{own.gr_gid}\t" in state
@@ -133,6 +144,37 @@ def test_what_it_does_not_start_with(
     found, line = refused(store, tmp_path / "s", *given)
     assert (found, reason.format(tmp_path) in line) == (status, True), line
     assert not (tmp_path / "s").exists() and not (tmp_path / "s.lock").exists()
+
+
+def test_where_it_listens_when_nothing_is_said(store: Path, tmp_path: Path) -> None:
+    """That one folder it makes; seen from outside, so that no real server is in the way."""
+    hidden = ["unshare", "-m", "/bin/sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"]
+    if subprocess.run([*hidden, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("no mount namespace here")
+    command = [*hidden, *serve_command(store, None)]
+    for umask, mode in (0, 0o755), (0o077, 0o700):
+        with started(command, tmp_path / "s", umask=umask) as server:
+            assert "on /run/agent-key-request/socket, " in server.wait_line("ready")
+            server.path = Path(f"/proc/{server.process.pid}/root/run/agent-key-request/socket")
+            assert server.error("id:001") == 0
+            assert stat.S_IMODE(server.path.parent.stat().st_mode) == mode
+            assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
+
+
+def test_a_path_without_a_folder(store: Path, tmp_path: Path) -> None:
+    command = serve_command(store, None, "--socket", "s")
+    with started(command, tmp_path / "s", cwd=tmp_path) as server:
+        server.wait_line("ready")
+        assert server.error("id:001") == 0
+
+
+def test_the_longest_path(store: Path, open_folder: Path) -> None:
+    """The kernel takes 107 bytes."""
+    path = open_folder / ("s" * (106 - len(str(open_folder))))
+    with serving(store, path) as server:
+        assert server.error("id:001") == 0
+    status, line = refused(store, path.with_name(path.name + "s"))
+    assert (status, "too long for a socket (107 bytes)" in line) == (1, True), line
 
 
 def make_socket(path: Path) -> None:
@@ -169,7 +211,15 @@ def test_a_path_that_is_no_socket_is_never_removed(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_live_server_is_not_robbed(server: Server, store: Path) -> None:
+def test_a_live_server_is_not_robbed(store: Path, tmp_path: Path) -> None:
+    """And it is told who it is, whoever has been there before."""
+    (tmp_path / "s.lock").write_text("99999999999999")
+    with serving(store, tmp_path / "s") as server:
+        assert_not_robbed(server, store)
+
+
+def assert_not_robbed(server: Server, store: Path) -> None:
+    """A second one does not start there, and the first goes on."""
     before = server.path.stat().st_ino
     with Load(server.path, REQUESTS, threads=4) as load:
         status, line = refused(store, server.path)
@@ -184,6 +234,9 @@ def test_another_program_is_not_robbed(store: Path, listener: socket.socket) -> 
     status, line = refused(store, path)
     assert (status, "another program listens there" in line) == (1, True), line
     connect(path).close()
+    listener.listen(0)  # its queue is full now, so that a connect would wait
+    status, line = refused(store, path)
+    assert (status, "another program listens there" in line) == (1, True), line
 
 
 def test_a_dead_socket_is_replaced_and_nobody_waits_busily(store: Path, tmp_path: Path) -> None:
@@ -269,6 +322,27 @@ def test_who_asks_just_after_the_signal_and_who_never_asks(server: Server) -> No
         server.end()
 
 
+IMPATIENT = """
+import importlib.machinery, sys
+script = importlib.machinery.SourceFileLoader("script", sys.argv[1]).load_module()
+script.DRAIN = 0.2
+script.os._exit(script.main(*script.begin(sys.argv[2:])))
+"""
+
+
+def test_a_worker_that_does_not_end_is_killed(store: Path, tmp_path: Path) -> None:
+    """Whoever waits for it has waited long enough (here for 0.2 s)."""
+    python, _, file, *words = serve_command(store, tmp_path / "s", "--workers", "2")
+    command = [python, "-ISBWignore", "-c", IMPATIENT, file, *words]
+    with started(command, tmp_path / "s") as server:
+        server.wait_line("ready")
+        workers = server.workers
+        with frozen(workers[:1]):
+            server.send(signal.SIGTERM)
+            assert server.process.wait(LIMIT) == 0
+            until(lambda: not any(map(alive, workers)), "the end of the workers")
+
+
 def test_the_socket_of_somebody_else_stays(server: Server) -> None:
     """The path was taken over meanwhile."""
     server.path.unlink()
@@ -291,8 +365,10 @@ def test_on_a_terminal(store: Path, tmp_path: Path, how: str) -> None:
         open(ours, "r+b", buffering=0) as terminal,
         started(command, path, stdout=theirs, stderr=theirs, preexec_fn=take_terminal) as server,
     ):
-        os.close(theirs)
         assert b"ready" in terminal.read(1000)
+        assert os.get_blocking(theirs)  # the shell's, too
+        os.close(theirs)
+        assert server.error("id:001") == 0
         if how == "hang-up":
             terminal.close()
         else:
@@ -319,8 +395,10 @@ def test_a_worker_that_cannot_go_on_says_why(server: Server) -> None:
     """It may open no file more, so it can accept nobody: another does."""
     worker = server.workers[0]
     resource.prlimit(worker, resource.RLIMIT_NOFILE, (3, 3))
-    server.wait_line(f"worker {worker} ended")
-    assert "Too many open files" in server.matching(f"worker {worker}")[0]
+    ended = server.wait_line(f"worker {worker} ended")
+    told = server.matching(f"worker {worker}: ")[0]
+    assert told.startswith("agent_key_request: error: ") and "Too many open files" in told
+    assert "ended, status 1; another replaces it" in ended
     assert server.error("id:001") == 0
 
 
@@ -537,6 +615,18 @@ def test_the_same_line_once_a_minute_over_all_workers(troubled: Path, tmp_path: 
         ]
         server.wait_line("", 1 + len(told))
         assert sorted(server.lines[1:]) == sorted("agent_key_request: " + line for line in told)
+
+
+def test_the_same_line_after_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """To the second; another line is told at once."""
+    log = script.Log(False)
+    for now, text in (100, "a"), (101.5, "b"), (159.9, "a"), (160, "a"), (219, "a"), (220, "a"):
+        clock = types.SimpleNamespace(monotonic=lambda now=now: now)
+        monkeypatch.setattr(script, "time", clock)
+        log.write(False, text)
+    assert [line[-1] for line in capfd.readouterr().err.splitlines()] == ["a", "b", "a", "a"]
 
 
 def test_verbose_tells_all(troubled: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ REQUESTS = {  # and the error number
     b"id:": 1, b"ip:": 1, b":": 1, b":001": 1, b"id:12": 3, b"id:123456789": 3, b"id:001:002": 3,
     b"id: 001": 3, b"id:001 ": 3, b"ID:001": 3, b"error1:id 003": 3, b"id\0:001": 3,
     b"--version:1": 3, b"--db:/etc/passwd": 3, b"-v:": 3, b"id:\xff\xfe": 3, b"id:\n001": 3,
-    b"id:" + 125 * b"0": 3,
+    b"id:" + 125 * b"0": 3, b"id:001X": 3,
 }  # fmt: skip
 
 
@@ -121,14 +121,21 @@ def test_answer_of_the_program_and_of_one_that_asks_a_server(
     assert ask("--socket", server.path, *words).output == expected
 
 
+def read_and_close(listener: socket.socket) -> None:
+    """Take a request, and leave who asked without an answer."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(65536)
+
+
 def test_asking_where_nobody_answers(tmp_path: Path) -> None:
     """`--socket` in a request: there is an answer in any case."""
     with socket.socket(socket.AF_UNIX) as rude:
         rude.bind(str(tmp_path / "rude"))
-        for name, problem in ("none", "No such file"), ("rude", "refused"), ("rude", "/rude"):
-            if problem == "/rude":  # it closes at once
+        for name, problem in ("none", "No such file"), ("rude", "refused"), ("rude", "closed wi"):
+            if problem == "closed wi":
                 rude.listen()
-                threading.Thread(target=lambda: rude.accept()[0].close()).start()
+                threading.Thread(target=read_and_close, args=(rude,)).start()
             reply = json.loads(script.ask_server(str(tmp_path / name), ["id", "001"], LIMIT))
             assert (reply["error"], problem in reply["message"]) == (2, True)
 
@@ -149,6 +156,7 @@ def test_line_ends_are_tolerated(
         ((b"i", b"d", b":001"), 0),
         ((b"id", b":001"), 0),
         ((b"x" * 127, b":"), 3),
+        ((b"x" * 128, b":"), 3),
         ((b"x" * 100, b"x" * 100), 3),
         ((b"\n", b"id:001"), 3),
     ],

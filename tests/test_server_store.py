@@ -9,12 +9,14 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Caller, Stores
+from conftest import Caller, Stores, script
+from manager import check_line
 from serving import Load, Server, alive, key, records, refused, serving, until
 
 AGENTS = 100
@@ -110,6 +112,20 @@ def test_a_commit_shows_in_the_next_answer(stores: Stores, tmp_path: Path, journ
         assert journal == "delete" or server.key() == new
 
 
+def test_opened_anew_after_an_error(stores: Stores) -> None:
+    """Even where the file looks the same: it may change twice within a tick of its clock."""
+    path = str(stores.sqlite(records(1)))
+    with script.Server("", path, {}) as server:
+        for error in 0, 2, 0:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                ours.send(b"id:001")
+                script.Conversation(theirs, "", server)
+                assert check_line(ours.recv(65536))["error"] == error
+            if not error and server.source:
+                server.source.connection.close()
+
+
 def garbage(path: Path) -> None:
     """Something else has its name."""
     path.rename(path.with_name("away"))
@@ -196,7 +212,7 @@ def test_text_is_read_again_at_a_hang_up_only(stores: Stores, tmp_path: Path, ki
         for fault in "No such file", "everybody", "not a regular file":
             BREAK[fault](path)
             server.send(signal.SIGHUP)
-            server.wait_line(fault)
+            assert server.wait_line(fault).startswith("agent_key_request: error: ")
             mend(path)
         path.write_text("id;name\n")
         server.send(signal.SIGHUP)
