@@ -850,7 +850,7 @@ class Conversation(socketserver.BaseRequestHandler):
                 self.server.patience = LITTLE
                 return received
             except OSError:
-                piece = b""
+                return received
             if not piece:
                 return received
             received += piece

@@ -138,6 +138,8 @@ def test_asking_where_nobody_answers(tmp_path: Path) -> None:
                 threading.Thread(target=read_and_close, args=(rude,)).start()
             reply = json.loads(script.ask_server(str(tmp_path / name), ["id", "001"], LIMIT))
             assert (reply["error"], problem in reply["message"]) == (2, True)
+        late = script.ask_server(str(tmp_path / "rude"), ["id", "001"], 0.1)  # it takes nobody
+        assert b'"error": 2' in late and b"timed out" in late
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\0"])
@@ -164,8 +166,9 @@ def test_line_ends_are_tolerated(
 def test_pieces_without_a_colon_wait_for_more(
     server: Server, pieces: tuple[bytes, ...], error: int
 ) -> None:
-    answer = until(lambda: talk(server, *pieces), "an answer", 15)
-    assert check_line(answer)["error"] == error
+    answer = check_line(until(lambda: talk(server, *pieces), "an answer", 15))
+    assert answer["error"] == error
+    assert ("more than 128 bytes" in answer.get("message", "")) is (sum(map(len, pieces)) > 128)
 
 
 @pytest.mark.parametrize("size", [127, 128, 129, 300, 100_000])
