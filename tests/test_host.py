@@ -496,6 +496,9 @@ def test_a_full_output(ask: Caller, stores: Stores, words: list[str]) -> None:
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
     if words[0] == "id":
         assert (done.returncode, done.stderr) == (0, b"")
+    else:
+        told = b"standard output: " * (words[0] != "--help") + b"No space left on device\n"
+        assert (done.returncode, done.stderr) == (1, b"agent_key_request: error: " + told)
 
 
 def test_a_reader_who_has_gone(ask: Caller, stores: Stores) -> None:

@@ -638,7 +638,15 @@ def test_an_id_that_is_a_number(stores: Stores, column: str) -> None:
         database.execute(f"INSERT INTO agent ({given}, name, ip, agent_key) VALUES (?, ?, ?, ?)",
                          (1, *Record()[1:]))  # fmt: skip
     assert serves(path)
-
+    asked: list[str] = []
+    source = script.open_source(str(path), 60)
+    source.connection.set_trace_callback(asked.append)
+    for _ in range(2):
+        assert source.find("id", ["001", "01", "1"]) == source.find("ip", ["192.168.1.100"])
+    pragma, *texts = sorted(asked, key=lambda sql: "PRAGMA" not in sql)
+    assert "PRAGMA" in pragma and len(texts) == 4  # what the column is, is asked once
+    with_number = column not in ("id INTEGER", "id TEXT")  # it would cost as much again
+    assert {sql.rpartition(" IN ")[2].count(",") for sql in texts} == {0, 2 + with_number}
 
 
 def test_values_that_are_too_much_for_sqlite(stores: Stores) -> None:
