@@ -11,8 +11,8 @@ import os
 import pwd
 import re
 import shutil
-import sqlite3
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile

@@ -77,8 +77,7 @@ def watch(folder: str, commands: list[list[str]], user: dict[str, Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(folder)
         for command in commands:
-            if subprocess.run(command, preexec_fn=die_with_parent, check=False,
-                              **user).returncode:
+            if subprocess.run(command, preexec_fn=die_with_parent, check=False, **user).returncode:
                 break
         Path("ended").touch()  # the log has why
         os._exit(0)
@@ -101,12 +100,18 @@ def watchdog(
     folder: str, commands: list[list[str]], user: dict[str, Any]
 ) -> subprocess.Popen[bytes]:
     """Start `watch`; it ends what it watches when this process ends, or closes its stdin."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import database_servers; "
-            "database_servers.watch(*eval(sys.argv[2]))")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import database_servers; "
+        "database_servers.watch(*eval(sys.argv[2]))"
+    )
     with open(folder + "/log", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", code, os.path.dirname(__file__), repr((folder, commands, user))],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 # ------------------------------------------------------------------------------------- the servers
@@ -171,14 +176,45 @@ class Server:
     def make_certificates(self) -> bool:
         """ca.pem; wrong.pem, another CA of the same name; server.pem, for 127.0.0.1 only."""
         openssl, folder = find_program("openssl"), self.folder
-        for name, more in (("ca", []), ("wrong", []), ("server", [
-                "-CA", folder + "/ca.pem", "-CAkey", folder + "/ca.key",
-                "-addext", "subjectAltName=IP:127.0.0.1"])):
+        for name, more in (
+            ("ca", []),
+            ("wrong", []),
+            (
+                "server",
+                [
+                    "-CA",
+                    folder + "/ca.pem",
+                    "-CAkey",
+                    folder + "/ca.key",
+                    "-addext",
+                    "subjectAltName=IP:127.0.0.1",
+                ],
+            ),
+        ):
             subject = "/CN=127.0.0.1" if more else "/CN=Test CA"
             subprocess.run(
-                [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-                 "-nodes", "-days", "2", "-subj", subject, "-keyout", f"{folder}/{name}.key",
-                 "-out", f"{folder}/{name}.pem", *more], check=True, capture_output=True)
+                [
+                    openssl,
+                    "req",
+                    "-x509",
+                    "-newkey",
+                    "ec",
+                    "-pkeyopt",
+                    "ec_paramgen_curve:P-256",
+                    "-nodes",
+                    "-days",
+                    "2",
+                    "-subj",
+                    subject,
+                    "-keyout",
+                    f"{folder}/{name}.key",
+                    "-out",
+                    f"{folder}/{name}.pem",
+                    *more,
+                ],
+                check=True,
+                capture_output=True,
+            )
         if self.identity:
             os.chown(folder + "/server.key", self.identity["user"], self.identity["group"])
         return True
@@ -209,8 +245,9 @@ class Server:
     def answers(self) -> bool:
         """Whether the server takes statements; the first ones make what it needs."""
         statements = "SELECT 1;" if self.is_set_up else self.setting_up()
-        done = subprocess.run(self.client(""), input=statements.encode(), capture_output=True,
-                              check=False)
+        done = subprocess.run(
+            self.client(""), input=statements.encode(), capture_output=True, check=False
+        )
         self.is_set_up |= not done.returncode
         return not done.returncode
 
@@ -261,32 +298,38 @@ class Server:
         """Run statements as the administrator; gives what the client printed."""
         if self.kept is None:
             with open(self.folder + "/client", "wb") as errors:
-                self.kept = subprocess.Popen(self.client(), stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, stderr=errors)
+                self.kept = subprocess.Popen(
+                    self.client(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+                )
         assert self.kept.stdin is not None and self.kept.stdout is not None
         end, printed = b"that is all\n", b""
-        self.kept.stdin.write(f"{statements.rstrip().rstrip(';')};\n".encode()
-                              + b"SELECT '%s';\n" % end.strip())
+        self.kept.stdin.write(
+            f"{statements.rstrip().rstrip(';')};\n".encode() + b"SELECT '%s';\n" % end.strip()
+        )
         self.kept.stdin.flush()
         while not printed.endswith(end):
             assert select.select([self.kept.stdout], [], [], LIMIT)[0], "no answer in time"
             piece = os.read(self.kept.stdout.fileno(), 1 << 16)
             assert piece, Path(self.folder, "client").read_text()  # it ends at the first error
             printed += piece
-        return printed[:-len(end)].decode()
+        return printed[: -len(end)].decode()
 
-    def load(self, rows: Sequence[Sequence[Any]], columns: str = COLUMNS,
-             indexes: str = INDEXES) -> None:
+    def load(
+        self, rows: Sequence[Sequence[Any]], columns: str = COLUMNS, indexes: str = INDEXES
+    ) -> None:
         """Put a table `agent` with these rows of id, name, ip and key in the place of any other."""
         values = ", ".join("(%s)" % ", ".join(map(self.literal, row)) for row in rows)
         insert = f"INSERT INTO agent (id, name, ip, agent_key) VALUES {values};" if rows else ""
-        self.sql(f"{self.dropping()} CREATE TABLE agent ({columns}); {insert} {indexes}"
-                 f"{self.granting()}")
+        self.sql(
+            f"{self.dropping()} CREATE TABLE agent ({columns}); {insert} {indexes}{self.granting()}"
+        )
 
     def view(self, select: str, functions: str = "") -> None:
         """Put a view in the place of the table, which is called `host` from now on."""
-        self.sql(f"ALTER TABLE agent RENAME TO host; {functions} CREATE VIEW agent AS {select};"
-                 f"{self.granting()}")
+        self.sql(
+            f"ALTER TABLE agent RENAME TO host; {functions} CREATE VIEW agent AS {select};"
+            f"{self.granting()}"
+        )
 
     def literal(self, value: object) -> str:
         """A value as an SQL literal."""
@@ -322,8 +365,14 @@ class Server:
 
     # -- the URLs
 
-    def url(self, user: str = READER, host: str = "127.0.0.1", port: int = 0,
-            database: str = "wazuh", **parameters: str) -> str:
+    def url(
+        self,
+        user: str = READER,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        database: str = "wazuh",
+        **parameters: str,
+    ) -> str:
         """A URL, with the reader's password file unless other PARAMETERS say otherwise."""
         parameters.setdefault(self.secrets_parameter, self.secrets)
         tail = "&".join(f"{name}={value}" for name, value in parameters.items() if value)
@@ -343,29 +392,56 @@ class MariaDB(Server):
 
     def install(self) -> list[list[str]]:
         """The commands that make the data folder."""
-        return [[self.paths["mariadb-install-db"], "--no-defaults", "--datadir=" + self.data,
-                 "--auth-root-authentication-method=normal", "--skip-test-db",
-                 "--skip-name-resolve", "--skip-log-bin"]]
+        return [
+            [
+                self.paths["mariadb-install-db"],
+                "--no-defaults",
+                "--datadir=" + self.data,
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+                "--skip-name-resolve",
+                "--skip-log-bin",
+            ]
+        ]
 
     def command(self) -> list[str]:
         """The command of the server."""
-        tls = [f"--ssl-{name}={self.folder}/{file}" for name, file in
-               (("ca", "ca.pem"), ("cert", "server.pem"), ("key", "server.key"))]
-        return [self.paths["mariadbd"], "--no-defaults", "--datadir=" + self.data,
-                f"--socket={self.folder}/sock", f"--pid-file={self.folder}/pid",
-                f"--port={self.port}", "--bind-address=127.0.0.1", "--skip-name-resolve",
-                "--innodb-buffer-pool-size=16M", *(tls if self.has_tls else ())]
+        tls = [
+            f"--ssl-{name}={self.folder}/{file}"
+            for name, file in (("ca", "ca.pem"), ("cert", "server.pem"), ("key", "server.key"))
+        ]
+        return [
+            self.paths["mariadbd"],
+            "--no-defaults",
+            "--datadir=" + self.data,
+            f"--socket={self.folder}/sock",
+            f"--pid-file={self.folder}/pid",
+            f"--port={self.port}",
+            "--bind-address=127.0.0.1",
+            "--skip-name-resolve",
+            "--innodb-buffer-pool-size=16M",
+            *(tls if self.has_tls else ()),
+        ]
 
     def setting_up(self) -> str:
         """The statements that make the database and the users."""
         return "CREATE DATABASE wazuh CHARACTER SET utf8mb4;" + "".join(
             f"CREATE USER {user} IDENTIFIED BY '{PASSWORD}'; GRANT {rights} ON *.* TO {user};"
-            for user, rights in ((OWNER, "ALL"), (READER, "USAGE")))
+            for user, rights in ((OWNER, "ALL"), (READER, "USAGE"))
+        )
 
     def client(self, database: str = "wazuh") -> list[str]:
         """The command of the client."""
-        return [self.paths["mariadb"], "--no-defaults", "--user=root", "--batch", "--unbuffered",
-                "--skip-column-names", f"--socket={self.folder}/sock", *filter(None, [database])]
+        return [
+            self.paths["mariadb"],
+            "--no-defaults",
+            "--user=root",
+            "--batch",
+            "--unbuffered",
+            "--skip-column-names",
+            f"--socket={self.folder}/sock",
+            *filter(None, [database]),
+        ]
 
     def escape(self, text: str) -> str:
         """A text with what only MySQL escapes."""
@@ -373,8 +449,10 @@ class MariaDB(Server):
 
     def dropping(self) -> str:
         """The statements that drop what there is."""
-        return ("DROP VIEW IF EXISTS agent; DROP TABLE IF EXISTS agent, host, witness;"
-                "DROP FUNCTION IF EXISTS odd;")
+        return (
+            "DROP VIEW IF EXISTS agent; DROP TABLE IF EXISTS agent, host, witness;"
+            "DROP FUNCTION IF EXISTS odd;"
+        )
 
     @contextlib.contextmanager
     def locked_table(self, statements: str = "LOCK TABLES agent WRITE;\n") -> Iterator[None]:
@@ -396,35 +474,70 @@ class PostgreSQL(Server):
 
     def install(self) -> list[list[str]]:
         """The commands that make the data folder."""
-        return [[self.paths["initdb"], "--pgdata=" + self.data, "--username=root", "--no-sync",
-                 "--auth-local=trust", "--auth-host=scram-sha-256", "--encoding=UTF8",
-                 "--locale=C"]]
+        return [
+            [
+                self.paths["initdb"],
+                "--pgdata=" + self.data,
+                "--username=root",
+                "--no-sync",
+                "--auth-local=trust",
+                "--auth-host=scram-sha-256",
+                "--encoding=UTF8",
+                "--locale=C",
+            ]
+        ]
 
     def command(self) -> list[str]:
         """The command of the server."""
         settings = ["shared_buffers=16MB", "fsync=off"]
         if self.has_tls:
-            settings += ["ssl=on", f"ssl_cert_file={self.folder}/server.pem",
-                         f"ssl_key_file={self.folder}/server.key"]
-        return [self.paths["postgres"], "-D", self.data, "-k", self.folder, "-h", "127.0.0.1",
-                "-p", str(self.port), *(word for setting in settings for word in ("-c", setting))]
+            settings += [
+                "ssl=on",
+                f"ssl_cert_file={self.folder}/server.pem",
+                f"ssl_key_file={self.folder}/server.key",
+            ]
+        return [
+            self.paths["postgres"],
+            "-D",
+            self.data,
+            "-k",
+            self.folder,
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+            *(word for setting in settings for word in ("-c", setting)),
+        ]
 
     def setting_up(self) -> str:
         """The statements that make the database and the users."""
         return "CREATE DATABASE wazuh;" + "".join(
             f"CREATE ROLE {user} LOGIN {rights} PASSWORD '{PASSWORD}';"
-            for user, rights in ((OWNER, "SUPERUSER"), (READER, "")))
+            for user, rights in ((OWNER, "SUPERUSER"), (READER, ""))
+        )
 
     def client(self, database: str = "wazuh") -> list[str]:
         """The command of the client."""
-        return [self.paths["psql"], "--no-psqlrc", "--quiet", "--no-align", "--tuples-only",
-                "--set=ON_ERROR_STOP=1", "--username=root", "--file=-", "--host=" + self.folder,
-                f"--port={self.port}", "--dbname=" + (database or "postgres")]
+        return [
+            self.paths["psql"],
+            "--no-psqlrc",
+            "--quiet",
+            "--no-align",
+            "--tuples-only",
+            "--set=ON_ERROR_STOP=1",
+            "--username=root",
+            "--file=-",
+            "--host=" + self.folder,
+            f"--port={self.port}",
+            "--dbname=" + (database or "postgres"),
+        ]
 
     def dropping(self) -> str:
         """The statements that drop what there is."""
-        return (f"DROP SCHEMA public CASCADE; CREATE SCHEMA public;"
-                f"GRANT USAGE ON SCHEMA public TO {READER};")
+        return (
+            f"DROP SCHEMA public CASCADE; CREATE SCHEMA public;"
+            f"GRANT USAGE ON SCHEMA public TO {READER};"
+        )
 
     @contextlib.contextmanager
     def locked_table(self, statements: str = "BEGIN; LOCK TABLE agent;\n") -> Iterator[None]:
@@ -435,7 +548,8 @@ class PostgreSQL(Server):
     def socket_url(self) -> str:
         """A URL over the unix socket."""
         return self.url(host="", port=self.port).replace(f"@:{self.port}", "@") + (
-            f"&host={self.folder}&port={self.port}")
+            f"&host={self.folder}&port={self.port}"
+        )
 
 
 KINDS: dict[str, type[Server]] = {"mysql": MariaDB, "postgresql": PostgreSQL}
@@ -461,7 +575,9 @@ def running(scheme: str) -> Server:
 # ------------------------------------------------------------------------------------- the drivers
 
 DRIVERS = {
-    "mysql": ("pymysql", "MySQLdb", "mysql.connector"), "postgresql": ("psycopg", "psycopg2")}
+    "mysql": ("pymysql", "MySQLdb", "mysql.connector"),
+    "postgresql": ("psycopg", "psycopg2"),
+}
 
 
 @functools.cache
@@ -476,8 +592,9 @@ def driver_folders(python: str) -> tuple[str, ...]:
 def has_driver(python: str, name: str) -> bool:
     """Whether an interpreter's own site-packages hold a driver that can be imported."""
     code = "import sys; sys.path += sys.argv[2:]; __import__(sys.argv[1])"
-    return not subprocess.run([python, "-IS", "-c", code, name, *driver_folders(python)],
-                              capture_output=True, check=False).returncode
+    return not subprocess.run(
+        [python, "-IS", "-c", code, name, *driver_folders(python)], capture_output=True, check=False
+    ).returncode
 
 
 def lone_python(python: str, folder: Path, driver: str) -> Path:
@@ -486,8 +603,9 @@ def lone_python(python: str, folder: Path, driver: str) -> Path:
     The interpreter is a copy, and its library links to the original's: a host with one package.
     """
     code = "import os, sys; print(os.path.dirname(os.__file__)); print(sys.executable)"
-    library, program = subprocess.run([python, "-IS", "-c", code], capture_output=True, text=True,
-                                      check=True).stdout.splitlines()
+    library, program = subprocess.run(
+        [python, "-IS", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     (folder / "bin").mkdir(parents=True)
     copy = Path(shutil.copy(os.path.realpath(program), folder / "bin" / "python3"))
     inside = folder / "lib" / os.path.basename(library)

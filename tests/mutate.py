@@ -47,11 +47,18 @@ OPERATOR = re.compile(rb"not\s+in\b|is\s+not\b|in\b|is\b|[<>=!]=|[<>]")
 TURNED = {"<": (">=", "<="), "<=": (">", "<"), ">": ("<=", ">="), ">=": ("<", ">"),
           "==": ("!=",), "!=": ("==",), "in": ("not in",), "not in": ("in",), "is": ("is not",),
           "is not": ("is",)}  # fmt: skip
-Mutant = NamedTuple("Mutant", [("line", int), ("start", int), ("end", int), ("new", str)])
+
+
+class Mutant(NamedTuple):
+    line: int
+    start: int
+    end: int
+    new: str
 
 
 class Source:
     """The script, and the mutants that can be made of it."""
+
     def __init__(self, content: bytes) -> None:
         self.content, self.lines = content, content.splitlines(keepends=True)
         self.starts = [0, *accumulate(map(len, self.lines))]

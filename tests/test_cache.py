@@ -147,6 +147,7 @@ def test_eight_starts_at_once(installed: Installed) -> None:
 
 # ---------------------------------------------------------------- strangers
 
+
 @pytest.mark.parametrize("place", ["folder", "__pycache__", "cache"])
 def test_where_others_may_write_it_is_neither_read_nor_written(
     installed: Installed, place: str

@@ -79,14 +79,22 @@ def check(capfd: pytest.CaptureFixture[str]) -> Check:
         assert statuses[0] == statuses[1] == bool(data["errors"])
         assert list(data) == ["agents", "errors", "notes", "findings"]
         assert told[1] == json.dumps(data) + "\n"
-        same = [one["text"] if one["level"] == "info" else f"{one['level']}: {one['text']}"
-                for one in data["findings"]]
+        same = [
+            one["text"] if one["level"] == "info" else f"{one['level']}: {one['text']}"
+            for one in data["findings"]
+        ]
         assert without_times(checked.lines) == without_times(same)
         if data["errors"] + data["notes"] <= 100:
             counts = data["errors"], data["notes"]
             assert (len(checked.errors), len(checked.notes)) == counts
-        amounts = [f"{count} {what}{'s' * (count != 1)}" for count, what in (
-            (data["agents"], "agent"), (data["errors"], "error"), (data["notes"], "note"))]
+        amounts = [
+            f"{count} {what}{'s' * (count != 1)}"
+            for count, what in (
+                (data["agents"], "agent"),
+                (data["errors"], "error"),
+                (data["notes"], "note"),
+            )
+        ]
         assert checked.lines[-1] == ", ".join(amounts), checked
         return checked
 
@@ -101,8 +109,11 @@ def without_times(lines: list[str]) -> list[str]:
 def contents(source: str | Path) -> list[Any]:
     """What a check must leave as it is: the files in the source's folder."""
     folder = Path(source).parent
-    return [(path, path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file()] if (
-        folder.name == "stores") else []
+    return (
+        [(path, path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file()]
+        if (folder.name == "stores")
+        else []
+    )
 
 
 def private(path: Path) -> Path:
@@ -118,8 +129,10 @@ def sound(stores: Stores, agents: Sequence[Sequence[Any]] = GOOD, schema: str = 
 
 def mend(field: str, right: str) -> str:
     """What is told of a value that no request finds."""
-    return (f"no request finds its {field} as it is stored: {right} is right, and --import would "
-            "mend it")
+    return (
+        f"no request finds its {field} as it is stored: {right} is right, and --import would "
+        "mend it"
+    )
 
 
 def ask(source: Path, *words: str) -> Any:
@@ -136,7 +149,8 @@ SOURCES: dict[str, Callable[[Stores], Path]] = {
     "client.keys": lambda stores: stores.keys(GOOD),
     "sql": lambda stores: stores.sql(GOOD),
     "tabs": lambda stores: stores.text(
-        "id\tname\tip\tkey\n" + "".join("\t".join(row) + "\n" for row in GOOD), "agents.tsv"),
+        "id\tname\tip\tkey\n" + "".join("\t".join(row) + "\n" for row in GOOD), "agents.tsv"
+    ),
 }
 
 
@@ -177,23 +191,33 @@ def test_under_each_interpreter(ask_each: Caller, stores: Stores) -> None:
         assert (done.returncode, done.stderr) == (1, "")
         if form:
             assert json.loads(done.stdout) == {
-                "agents": 6, "errors": 3, "notes": 1,
-                "findings": [{"level": level, "text": text} for level, text in told]}
+                "agents": 6,
+                "errors": 3,
+                "notes": 1,
+                "findings": [{"level": level, "text": text} for level, text in told],
+            }
         else:
             assert done.stdout.splitlines() == [
-                text if level == "info" else f"{level}: {text}" for level, text in told]
+                text if level == "info" else f"{level}: {text}" for level, text in told
+            ]
 
 
 # ---------------------------------------------------------------- the records
 
 BROKEN = [
     *(("id", (number, "a", "any", "k")) for number in ("12a", "000", "", "0005", "0020")),
-    ("id", ("123456789", "a", "any", "k")), ("id", (SECRET, "a", "any", "k")),
-    ("name", ("005", "a b", "any", "k")), ("name", ("005", "", "any", "k")),
-    ("name", ("005", "a\033[2J", "any", "k")), ("name", ("005", SECRET + "/", "any", "k")),
-    ("ip", ("005", "a", "10.0.0.256", "k")), ("ip", ("005", "a", SECRET, "k")),
-    ("ip", ("005", "a", "::/64", "k")), ("key", ("005", "a", "any", "")),
-    ("key", ("005", "a", "any", SECRET * 3)), ("key", ("005", "a", "any", "k\xdf")),
+    ("id", ("123456789", "a", "any", "k")),
+    ("id", (SECRET, "a", "any", "k")),
+    ("name", ("005", "a b", "any", "k")),
+    ("name", ("005", "", "any", "k")),
+    ("name", ("005", "a\033[2J", "any", "k")),
+    ("name", ("005", SECRET + "/", "any", "k")),
+    ("ip", ("005", "a", "10.0.0.256", "k")),
+    ("ip", ("005", "a", SECRET, "k")),
+    ("ip", ("005", "a", "::/64", "k")),
+    ("key", ("005", "a", "any", "")),
+    ("key", ("005", "a", "any", SECRET * 3)),
+    ("key", ("005", "a", "any", "k\xdf")),
 ]
 
 
@@ -215,8 +239,9 @@ def test_records_that_break_a_rule(stores: Stores, check: Check, kind: str) -> N
 @pytest.mark.parametrize("count", [100, 101, 500])
 def test_the_first_hundred_findings(stores: Stores, check: Check, count: int) -> None:
     """Errors and notes together; then how many more, and at last the numbers of all."""
-    agents = [(f"{n:03d}", f"a {n}" if n % 2 else f"a{n}", "any", "k" * 128)
-              for n in range(1, count + 1)]
+    agents = [
+        (f"{n:03d}", f"a {n}" if n % 2 else f"a{n}", "any", "k" * 128) for n in range(1, count + 1)
+    ]
     checked = check(private(stores.csv(agents)))
     assert len(checked.errors) + len(checked.notes) == 100
     more = [line for line in checked.lines if "more" in line]
@@ -279,35 +304,52 @@ def test_what_no_request_finds(stores: Stores, check: Check, kind: str) -> None:
     assert check(store).lines == [f"{len(agents)} agents, 0 errors, 0 notes"]
 
 
-@pytest.mark.parametrize(("field", "one", "other"), [
-    ("id", "007", "007"),
-    ("id", "7", "07"),
-    ("ip", "10.9.9.9", "10.9.9.9"),
-    ("ip", "10.9.9.9", "10.9.9.9/32"),
-    ("ip", "2001:db8:9::/48", "2001:db8:9::/48"),
-    ("name", "same", "same"),
-    ("name", "any", "any"),
-])
+@pytest.mark.parametrize(
+    ("field", "one", "other"),
+    [
+        ("id", "007", "007"),
+        ("id", "7", "07"),
+        ("ip", "10.9.9.9", "10.9.9.9"),
+        ("ip", "10.9.9.9", "10.9.9.9/32"),
+        ("ip", "2001:db8:9::/48", "2001:db8:9::/48"),
+        ("name", "same", "same"),
+        ("name", "any", "any"),
+    ],
+)
 def test_what_only_one_agent_may_have(
     stores: Stores, check: Check, field: str, one: str, other: str
 ) -> None:
     """The later one is told, and whose it is; for a name it is the manager who refuses."""
-    agents = [Record("008", "a", "10.0.0.1", "k")._replace(**{field: one}), *GOOD,
-              Record("009", "b", "10.0.0.2", "k")._replace(**{field: other})]
+    agents = [
+        Record("008", "a", "10.0.0.1", "k")._replace(**{field: one}),
+        *GOOD,
+        Record("009", "b", "10.0.0.2", "k")._replace(**{field: other}),
+    ]
     agent = "007" if field == "id" else "009"
-    for source, unit, first in (sound(stores, agents), "row", 1), (
-            private(stores.csv(agents)), "line", 2):
+    for source, unit, first in (
+        (sound(stores, agents), "row", 1),
+        (private(stores.csv(agents)), "line", 2),
+    ):
         if field != "name":
             asked = "007" if field == "id" else one.replace("::/48", "::9")
             assert ask(source, field, asked).number == 5
         assert check(source).errors == [
-            f"{unit} {first + 5}: agent {agent}: {field} is already that of {unit} {first}"]
+            f"{unit} {first + 5}: agent {agent}: {field} is already that of {unit} {first}"
+        ]
 
 
 def test_what_many_agents_may_have(stores: Stores, check: Check) -> None:
     """`any`, a key, an address within a network, networks within networks."""
-    ips = ["any", "", "any", "10.0.0.0/8", "10.0.0.0/16", "10.0.0.0", "2001:db8:0:1::1",
-           "2001:db8:0:2::1"]
+    ips = [
+        "any",
+        "",
+        "any",
+        "10.0.0.0/8",
+        "10.0.0.0/16",
+        "10.0.0.0",
+        "2001:db8:0:1::1",
+        "2001:db8:0:2::1",
+    ]
     agents = [(f"{n:03d}", f"a{n}", ip, "k") for n, ip in enumerate(ips, 1)]
     assert check(sound(stores, agents)).lines == ["8 agents, 0 errors, 0 notes"]
 
@@ -317,9 +359,13 @@ def test_what_the_manager_does_to_a_sound_record(stores: Stores, check: Check) -
     host = os.uname().nodename
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", host):
         pytest.skip("this host's name could not be an agent's")
-    agents = [("005", "n" * 128, "any", "k"), ("006", "b", "any", "K" * 128),
-              ("007", "n" * 127, "any", "K" * 127), ("008", host, "any", "k"),
-              ("009", host + "-2", "any", "k")]
+    agents = [
+        ("005", "n" * 128, "any", "k"),
+        ("006", "b", "any", "K" * 128),
+        ("007", "n" * 127, "any", "K" * 127),
+        ("008", host, "any", "k"),
+        ("009", host + "-2", "any", "k"),
+    ]
     checked = check(sound(stores, agents))
     reads = "has 128 characters; the manager reads 127 back"
     assert checked.notes == [f"row 1: agent 005: name {reads}", f"row 2: agent 006: key {reads}"]
@@ -329,14 +375,65 @@ def test_what_the_manager_does_to_a_sound_record(stores: Stores, check: Check) -
 # ---------------------------------------------------------------- what it says is true
 
 IDS: list[Any] = [
-    "001", "1", "01", 1, 1.0, b"001", " 001", "001 ", "0001", "002", "2", 2, "003", 3, "1000", 1000,
-    "01000", "12345678", 12345678, "123456789", "x", "", None, "1.0", "000", 0, 1.5, "+4", "4 ",
+    "001",
+    "1",
+    "01",
+    1,
+    1.0,
+    b"001",
+    " 001",
+    "001 ",
+    "0001",
+    "002",
+    "2",
+    2,
+    "003",
+    3,
+    "1000",
+    1000,
+    "01000",
+    "12345678",
+    12345678,
+    "123456789",
+    "x",
+    "",
+    None,
+    "1.0",
+    "000",
+    0,
+    1.5,
+    "+4",
+    "4 ",
 ]
 IPS: list[Any] = [
-    "any", "", None, "10.0.0.1", "10.0.0.1/32", "10.0.0.1 ", "::ffff:10.0.0.1", "::ffff:a00:1",
-    "10.0.0.0/24", "10.0.0.9/24", "10.0.0.0/255.255.255.0", " 10.0.0.0/24", "10.0.0.0/16",
-    "10.0.0.0/1", "128.0.0.0/1", "fe80::1", "FE80::1", "fe80:0::1", "fe80::1/128", "2001:db8::/32",
-    "2001:db8::5/32", "2001:DB8::/32", b"10.0.0.3", "010.0.0.1", "10.0.0.256", 7, "::/64", "host",
+    "any",
+    "",
+    None,
+    "10.0.0.1",
+    "10.0.0.1/32",
+    "10.0.0.1 ",
+    "::ffff:10.0.0.1",
+    "::ffff:a00:1",
+    "10.0.0.0/24",
+    "10.0.0.9/24",
+    "10.0.0.0/255.255.255.0",
+    " 10.0.0.0/24",
+    "10.0.0.0/16",
+    "10.0.0.0/1",
+    "128.0.0.0/1",
+    "fe80::1",
+    "FE80::1",
+    "fe80:0::1",
+    "fe80::1/128",
+    "2001:db8::/32",
+    "2001:db8::5/32",
+    "2001:DB8::/32",
+    b"10.0.0.3",
+    "010.0.0.1",
+    "10.0.0.256",
+    7,
+    "::/64",
+    "host",
 ]
 ASKED = {32: "10.0.0.200", 24: "10.0.0.200", 16: "10.0.77.1", 1: "10.77.0.1"}
 TABLES = {
@@ -345,7 +442,8 @@ TABLES = {
     "text": PLAIN_SCHEMA,
     "numbers": PLAIN_SCHEMA.replace("id VARCHAR(8)", "id INTEGER"),
     "any case": UNTYPED_SCHEMA.replace("id,", "id COLLATE NOCASE,").replace(
-        "ip,", "ip COLLATE NOCASE,"),
+        "ip,", "ip COLLATE NOCASE,"
+    ),
     "csv": "",
 }
 
@@ -401,8 +499,12 @@ def test_an_agent_is_found_unless_there_is_an_error(stores: Stores, table: str) 
 
 def random_agent(luck: random.Random, number: int) -> tuple[Any, ...]:
     """An agent each of whose fields may be wrong, or another's."""
-    return (luck.choice([*IDS, *[f"10{number}"] * 30]), luck.choice(["a b", *[f"a{number}"] * 9]),
-            luck.choice([*IPS, *[f"192.168.0.{number}"] * 30]), "k")
+    return (
+        luck.choice([*IDS, *[f"10{number}"] * 30]),
+        luck.choice(["a b", *[f"a{number}"] * 9]),
+        luck.choice([*IPS, *[f"192.168.0.{number}"] * 30]),
+        "k",
+    )
 
 
 def as_text(value: Any) -> str:
@@ -420,7 +522,6 @@ def test_a_last_line_without_an_end(stores: Stores, check: Check) -> None:
         assert [error for error in checked.errors if "has no end" in error], checked
 
 
-
 @pytest.mark.parametrize("kind", ["sqlite", "csv"])
 def test_a_source_that_others_may_read_or_write(stores: Stores, check: Check, kind: str) -> None:
     """Who reads it has the keys: a note. Who writes it enrols agents: no request is answered."""
@@ -429,7 +530,9 @@ def test_a_source_that_others_may_read_or_write(stores: Stores, check: Check, ki
         source.chmod(mode)
         checked = check(source)
         assert (checked.status, checked.notes) == (
-            0, [f"others may read {source}, and keys are secrets: chmod o-r it"])
+            0,
+            [f"others may read {source}, and keys are secrets: chmod o-r it"],
+        )
     source.chmod(0o601)
     assert check(source).lines == [HEALTHY]
     source.chmod(0o602)
@@ -442,17 +545,20 @@ def test_a_source_that_others_may_read_or_write(stores: Stores, check: Check, ki
 ENOUGH = {
     "unique": "CREATE TABLE agent (id TEXT PRIMARY KEY, name, ip TEXT UNIQUE, agent_key)",
     "rowid": "CREATE TABLE agent (id INTEGER PRIMARY KEY, name, ip, agent_key); "
-             "CREATE INDEX a ON agent (ip, id)",
+    "CREATE INDEX a ON agent (ip, id)",
     "without rowid": "CREATE TABLE agent (id TEXT PRIMARY KEY, name, ip, agent_key) WITHOUT ROWID; "
-                     "CREATE INDEX a ON agent (ip)",
+    "CREATE INDEX a ON agent (ip)",
 }
 TOO_LITTLE = {
     "none": (PLAIN_SCHEMA, ["id", "ip"]),
     "id": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (id)", ["ip"]),
     "ip": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (ip)", ["id"]),
     "name": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (name, id, ip)", ["id", "ip"]),
-    "some of them": (PLAIN_SCHEMA + "; CREATE INDEX a ON agent (id) WHERE ip = 'any';"
-                     "CREATE INDEX b ON agent (ip)", ["id"]),
+    "some of them": (
+        PLAIN_SCHEMA + "; CREATE INDEX a ON agent (id) WHERE ip = 'any';"
+        "CREATE INDEX b ON agent (ip)",
+        ["id"],
+    ),
 }
 
 
@@ -463,8 +569,10 @@ def test_missing_indexes(stores: Stores, check: Check, schema: str) -> None:
     source = private(stores.sqlite(GOOD, QUICK + sql))
     checked = check(source)
     assert checked.status == 0
-    assert checked.notes == [f"requests are slow without CREATE INDEX agent_{field} ON agent "
-                             f"({field});" for field in fields]
+    assert checked.notes == [
+        f"requests are slow without CREATE INDEX agent_{field} ON agent ({field});"
+        for field in fields
+    ]
     with contextlib.closing(sqlite3.connect(str(source))) as database:
         database.executescript(" ".join(re.findall("CREATE[^;]+;", "".join(checked.notes))))
         database.execute("ANALYZE")
@@ -491,8 +599,10 @@ def test_a_view(stores: Stores, check: Check) -> None:
     """It has no indexes of its own: a statement that cannot be executed is no cure."""
     source = stores.sqlite(GOOD, QUICK + UNTYPED_SCHEMA)
     with contextlib.closing(sqlite3.connect(str(source))) as database:
-        database.executescript("ALTER TABLE agent RENAME TO host; CREATE VIEW agent AS"
-                               " SELECT id, name, ip, agent_key FROM host")
+        database.executescript(
+            "ALTER TABLE agent RENAME TO host; CREATE VIEW agent AS"
+            " SELECT id, name, ip, agent_key FROM host"
+        )
     assert check(private(source)).lines == [HEALTHY]
 
 
@@ -585,8 +695,10 @@ def test_one_in_many(stores: Stores, check: Check) -> None:
     agents = records(10_000)
     agents[7776] = Record("7777", "bad name", "any", "k")
     checked = check(sound(stores, agents))
-    assert checked.lines == [f"error: row 7777: agent 7777: {script.RULES['name']}",
-                             "10000 agents, 1 error, 0 notes"]
+    assert checked.lines == [
+        f"error: row 7777: agent 7777: {script.RULES['name']}",
+        "10000 agents, 1 error, 0 notes",
+    ]
 
 
 # ---------------------------------------------------------------- the server
@@ -602,7 +714,8 @@ IMPOSTORS = {
     "a number that kills the manager": b'{"error": 0, "data": {"id": 1, "name": "a",'
     b' "ip": "any", "key": "' + SECRET.encode() + b'"}}\n',
     "an agent": b'{"error": 0, "data": {"id": "001", "name": "a", "ip": "any", "key": "'
-    + SECRET.encode() + b'"}}\n',
+    + SECRET.encode()
+    + b'"}}\n',
     "an error that is a text": SOUND.replace(b"4", b'"4"'),
     "an error that is none": SOUND.replace(b"4", b"null"),
     "no error": b'{"message": "No agent key found"}',
@@ -650,8 +763,11 @@ def test_a_server_that_answers(stores: Stores, check: Check, open_folder: Path) 
     with serving(source, path):
         checked = check(source, "--socket", path)
     assert checked.lines[-1] == HEALTHY and len(checked.lines) == 2
-    assert re.fullmatch(r"server gave a sound answer \(there is no agent 00000000\), "
-                        r"in \d+\.\d ms", checked.lines[0]), checked.lines
+    assert re.fullmatch(
+        r"server gave a sound answer \(there is no agent 00000000\), "
+        r"in \d+\.\d ms",
+        checked.lines[0],
+    ), checked.lines
 
 
 @pytest.mark.parametrize("what", IMPOSTORS)

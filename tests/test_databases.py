@@ -78,8 +78,9 @@ class Host:
     def start(self, *options: str) -> Served:
         """A server of ours, which ends with the tests; it need not be ready yet."""
         path = self.folder / f"socket-{len(self.started)}"
-        command = serving.serve_command(self.server.url(), path, *options,
-                                        python=self.ask_file.python)
+        command = serving.serve_command(
+            self.server.url(), path, *options, python=self.ask_file.python
+        )
         self.started.append(Served(command, path, preexec_fn=die_with_parent))
         return self.started[-1]
 
@@ -173,9 +174,16 @@ def tells_nothing(told: Any) -> Any:
 
 def run_command(ask: Caller, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the script as a person does; neither stream tells a password."""
-    done = subprocess.run([*ask.command(), *words], env={"PATH": ask.path}, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT,
-                          cwd=ask.folder, check=False)
+    done = subprocess.run(
+        [*ask.command(), *words],
+        env={"PATH": ask.path},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=LIMIT,
+        cwd=ask.folder,
+        check=False,
+    )
     tells_nothing(done.stdout + done.stderr)
     assert "Traceback" not in done.stderr
     return done
@@ -217,10 +225,28 @@ ROWS = (
 REQUESTS = [("id", "%03d" % number) for number in range(1, 30)]
 REQUESTS += [("id", id) for id in ("12345678", "99999999", "0007", "021", "00a")]
 REQUESTS += [("ip", "10.70.0.%d" % number) for number in range(14)]
-REQUESTS += [("ip", ip) for ip in (
-    "192.168.1.100", "192.168.1.1", "10.20.30.65", "10.20.30.1", "10.20.1.1", "10.21.0.1",
-    "10.50.0.1", "10.60.0.1", "10.90.1.77", "8.8.8.8", "::ffff:10.20.30.65", "2001:db8::10",
-    "2001:DB8:0:0::0010", "2001:db8:1:2::3", "2001:db8:2::1", "2001:db8:3::a", "::1")]
+REQUESTS += [
+    ("ip", ip)
+    for ip in (
+        "192.168.1.100",
+        "192.168.1.1",
+        "10.20.30.65",
+        "10.20.30.1",
+        "10.20.1.1",
+        "10.21.0.1",
+        "10.50.0.1",
+        "10.60.0.1",
+        "10.90.1.77",
+        "8.8.8.8",
+        "::ffff:10.20.30.65",
+        "2001:db8::10",
+        "2001:DB8:0:0::0010",
+        "2001:db8:1:2::3",
+        "2001:db8:2::1",
+        "2001:db8:3::a",
+        "::1",
+    )
+]
 
 
 def assert_same_answers(host: Host, store: Path, requests: Sequence[tuple[str, str]]) -> None:
@@ -263,16 +289,33 @@ def test_column_types(host: Host, stores: Stores) -> None:
     """Numbers, padded and binary columns, and PostgreSQL's addresses, as they are."""
     for kind, columns in TYPES[host.scheme].items():
         rows: list[tuple[Any, ...]] = [
-            ("001", "my_agent", "192.168.1.100", KEY), ("020", "network", "10.20.0.0/16", "k"),
-            ("300", "v6", "2001:db8::10", "k"), ("12345678", "v6-network", "2001:db8:1::/48", "k")]
+            ("001", "my_agent", "192.168.1.100", KEY),
+            ("020", "network", "10.20.0.0/16", "k"),
+            ("300", "v6", "2001:db8::10", "k"),
+            ("12345678", "v6-network", "2001:db8:1::/48", "k"),
+        ]
         store = stores.sqlite(rows, name=kind)
         if kind in ("INT", "DECIMAL"):
             rows = [(int(row[0]), *row[1:]) for row in rows]
         host.server.load(rows, columns, indexes="")
-        assert_same_answers(host, store, [
-            *(("id", id) for id in ("001", "020", "300", "12345678", "100", "002")),
-            *(("ip", ip) for ip in ("192.168.1.100", "10.20.3.4", "10.21.0.1", "2001:db8::10",
-                                    "2001:db8:1::2", "2001:db8:2::2"))])
+        assert_same_answers(
+            host,
+            store,
+            [
+                *(("id", id) for id in ("001", "020", "300", "12345678", "100", "002")),
+                *(
+                    ("ip", ip)
+                    for ip in (
+                        "192.168.1.100",
+                        "10.20.3.4",
+                        "10.21.0.1",
+                        "2001:db8::10",
+                        "2001:db8:1::2",
+                        "2001:db8:2::2",
+                    )
+                ),
+            ],
+        )
 
 
 def test_view_over_another_schema(a_host: Host, stores: Stores) -> None:
@@ -294,27 +337,54 @@ assert len(source.find("name", ["x' OR '1'='1", "a%s", "b\\\\'"])) == 3
 assert script._signal.getitimer(script.ITIMER_REAL) == (0, 0)
 print("found", end="")
 """
-INJECTIONS = ("001' OR '1'='1", "001'--", "' UNION SELECT 1,2,3,4 -- ", "';DROP TABLE agent; --",
-              "00%", "___", "001\\", "\\' OR 1=1 -- ", '001" OR "1"="1', "%s", "%(x)s", "%%", "?",
-              "$1", ":id", "{0}", "001/*", "001`")
+INJECTIONS = (
+    "001' OR '1'='1",
+    "001'--",
+    "' UNION SELECT 1,2,3,4 -- ",
+    "';DROP TABLE agent; --",
+    "00%",
+    "___",
+    "001\\",
+    "\\' OR 1=1 -- ",
+    '001" OR "1"="1',
+    "%s",
+    "%(x)s",
+    "%%",
+    "?",
+    "$1",
+    ":id",
+    "{0}",
+    "001/*",
+    "001`",
+)
 
 
 def test_values_are_not_statements(host: Host) -> None:
     """Even if a request had let them through: they are compared, and nothing else."""
-    host.server.load([("001", "x' OR '1'='1", "any", "k"), ("002", "a%s", "any", "k"),
-                      ("003", "b\\'", "any", "k")])
+    host.server.load(
+        [
+            ("001", "x' OR '1'='1", "any", "k"),
+            ("002", "a%s", "any", "k"),
+            ("003", "b\\'", "any", "k"),
+        ]
+    )
     code = FIND.replace("script._signal.getitimer", "__import__('signal').getitimer")
-    done = subprocess.run([host.ask_file.python.path, "-IBSc", code, SCRIPT, host.server.url(),
-                           repr(INJECTIONS)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [host.ask_file.python.path, "-IBSc", code, SCRIPT, host.server.url(), repr(INJECTIONS)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.stdout, done.stderr[-500:]) == ("found", "")
     assert host.server.sql("SELECT count(*) FROM agent").strip() == "3"
 
 
 WRITING = {  # views that write when they are read
     "mysql": "CREATE TABLE witness (n INT);\nDELIMITER //\nCREATE FUNCTION odd(k TEXT) RETURNS "
-             "TEXT BEGIN INSERT INTO witness VALUES (1); RETURN k; END//\nDELIMITER ;\n",
+    "TEXT BEGIN INSERT INTO witness VALUES (1); RETURN k; END//\nDELIMITER ;\n",
     "postgresql": "CREATE TABLE witness (n INT); CREATE FUNCTION odd(k TEXT) RETURNS TEXT LANGUAGE "
-                  "plpgsql AS $$ BEGIN INSERT INTO witness VALUES (1); RETURN k; END $$;"}
+    "plpgsql AS $$ BEGIN INSERT INTO witness VALUES (1); RETURN k; END $$;",
+}
 
 
 def test_session_only_reads(host: Host) -> None:
@@ -338,16 +408,29 @@ def test_sample_loads_unchanged_and_is_looked_up(hosts: list[Host], stores: Stor
     server.sql(server.dropping() + SAMPLE.read_text() + server.granting())
     rows = sqlite3.connect(":memory:")
     rows.executescript(SAMPLE.read_text())
-    requests = [("id", "%03d" % number) for number in range(1, 8)] + [("ip", ip) for ip in (
-        "192.168.1.100", "10.20.30.4", "10.20.3.4", "2001:db8::10", "2001:db8:1::7", "8.8.8.8")]
+    requests = [("id", "%03d" % number) for number in range(1, 8)] + [
+        ("ip", ip)
+        for ip in (
+            "192.168.1.100",
+            "10.20.30.4",
+            "10.20.3.4",
+            "2001:db8::10",
+            "2001:db8:1::7",
+            "8.8.8.8",
+        )
+    ]
     store = stores.sqlite(rows.execute(script.ROWS))
     for host in hosts:
         assert_same_answers(host, store, requests)
-    numbers = {"mysql": "SELECT seq AS n FROM seq_1007_to_30000",
-               "postgresql": "SELECT generate_series(1007, 30000) AS n"}[server.scheme]
+    numbers = {
+        "mysql": "SELECT seq AS n FROM seq_1007_to_30000",
+        "postgresql": "SELECT generate_series(1007, 30000) AS n",
+    }[server.scheme]
     analyze = {"mysql": "ANALYZE TABLE agent", "postgresql": "ANALYZE agent"}[server.scheme]
-    server.sql("INSERT INTO agent (id, name, ip, agent_key) SELECT n, concat('a', n), "
-               f"concat('10.0.0.', n), 'k' FROM ({numbers}) AS numbers; {analyze};")
+    server.sql(
+        "INSERT INTO agent (id, name, ip, agent_key) SELECT n, concat('a', n), "
+        f"concat('10.0.0.', n), 'k' FROM ({numbers}) AS numbers; {analyze};"
+    )
     for request in (["id", "007"], ["ip", "10.20.30.4"]):
         field, texts = script.parse_request(request)
         assert len(texts) == (33 if field == "ip" else 3)
@@ -367,13 +450,17 @@ def test_check_names_the_missing_indexes(host: Host) -> None:
     """Its statements make them; others that have the fields, or another table, are no help."""
     server = host.server
     server.load(ROWS[:3], indexes="CREATE INDEX agent_name ON agent (name, id, ip);")
-    server.sql(f"DROP SCHEMA IF EXISTS other{' CASCADE' * (server.scheme == 'postgresql')};"
-               f"CREATE SCHEMA other; CREATE TABLE other.agent ({COLUMNS});"
-               + INDEXES.replace("ON agent", "ON other.agent")
-               + server.granting().replace("ON agent", "ON other.agent"))
+    server.sql(
+        f"DROP SCHEMA IF EXISTS other{' CASCADE' * (server.scheme == 'postgresql')};"
+        f"CREATE SCHEMA other; CREATE TABLE other.agent ({COLUMNS});"
+        + INDEXES.replace("ON agent", "ON other.agent")
+        + server.granting().replace("ON agent", "ON other.agent")
+    )
     done = host.run("--db", server.url(), "--check")
     assert STATEMENT.findall(done.stdout) == [
-        "CREATE INDEX agent_id ON agent (id);", "CREATE INDEX agent_ip ON agent (ip);"]
+        "CREATE INDEX agent_id ON agent (id);",
+        "CREATE INDEX agent_ip ON agent (ip);",
+    ]
     assert done.stdout.splitlines()[-1] == "3 agents, 0 errors, 2 notes"
     server.sql("".join(STATEMENT.findall(done.stdout)))
     done = host.run("--db", server.url(), "--check")
@@ -408,17 +495,32 @@ SOUND = {
     "postgresql:///d": ("postgresql:///d", {"dbname": "d"}),
     "postgresql:///?service=agents": ("postgresql:///", {"service": "agents"}),
     "mysql://h:3307/d": ("mysql://h/d", {"host": "h", "port": 3307, "database": "d"}),
-    "mysql://u@[2001:db8::1]:3307/d": ("mysql://u@[2001:db8::1]/d", {
-        "user": "u", "host": "2001:db8::1", "port": 3307, "database": "d"}),
-    "mysql://u%40x%2F@h/d%3F": ("mysql://u%40x%2F@h/d%3F", {
-        "user": "u@x/", "host": "h", "database": "d?"}),
-    "postgresql://%2Frun%2Fpg/d": ("postgresql://%2Frun%2Fpg/d", {
-        "host": "/run/pg", "dbname": "d"}),
-    "mysql://u@h/d?unix_socket=/run/s+1&read_default_file=/etc/a%20b": ("mysql://u@h/d", {
-        "user": "u", "host": "h", "database": "d", "unix_socket": "/run/s+1",
-        "read_default_file": "/etc/a b"}),
-    "postgresql://u@h/d?passfile=/etc/p&sslmode=require&host=/run": ("postgresql://u@h/d", {
-        "user": "u", "host": "/run", "dbname": "d", "passfile": "/etc/p", "sslmode": "require"}),
+    "mysql://u@[2001:db8::1]:3307/d": (
+        "mysql://u@[2001:db8::1]/d",
+        {"user": "u", "host": "2001:db8::1", "port": 3307, "database": "d"},
+    ),
+    "mysql://u%40x%2F@h/d%3F": (
+        "mysql://u%40x%2F@h/d%3F",
+        {"user": "u@x/", "host": "h", "database": "d?"},
+    ),
+    "postgresql://%2Frun%2Fpg/d": (
+        "postgresql://%2Frun%2Fpg/d",
+        {"host": "/run/pg", "dbname": "d"},
+    ),
+    "mysql://u@h/d?unix_socket=/run/s+1&read_default_file=/etc/a%20b": (
+        "mysql://u@h/d",
+        {
+            "user": "u",
+            "host": "h",
+            "database": "d",
+            "unix_socket": "/run/s+1",
+            "read_default_file": "/etc/a b",
+        },
+    ),
+    "postgresql://u@h/d?passfile=/etc/p&sslmode=require&host=/run": (
+        "postgresql://u@h/d",
+        {"user": "u", "host": "/run", "dbname": "d", "passfile": "/etc/p", "sslmode": "require"},
+    ),
 }
 
 
@@ -429,22 +531,54 @@ def test_sound_url(url: str) -> None:
     assert script.parse_url(url) == (url.partition(":")[0], shown, options)
 
 
-HOSTILE = """
-mysql://u:piece@h/d  postgresql://u:piece@h/d  mysql://:piece@h/d  mysql://u:@piece/d?piece
-mysql://u:piece@piece@h/d  mysql://u:pie%40piece@h/d  mysql://u:piece#piece/piece?piece@h/d
-postgresql://u:piece?piece@h/d  mysql://u:12@piece/d@h  mysql://u:12/piece@h/d
-mysql://u:12?piece=x@h/d  mysql://u:12345@piece@h/d  mysql://u@h:piece/d  mysql://u@h:123456/piece
-mysql://u@h/d/piece  mysql://u@h/d#piece  mysql://u@h/d?x=1#piece  mysql://u@h/d?x=piece@h/d
-mysql:/u:piece@h/d  mysql:u:piece@h/d  mysql:piece  postgresql:u:piece@h/d  postgresql:/piece
-mysqll://u:piece@h/d  MYSQL://u:piece@h/d  postgres://u:piece@h/d  https://u:piece@h/d
-jdbc:mysql://u:piece@h/d  mysql+pymysql://u:piece@h/d  ://piece  mysql://[u:piece@h/d
-mysql://u@h/d?password=piece  mysql://u@h/d?passwd=piece  postgresql://u@h/d?password=piece
-mysql://u@h/d?x=1&password=piece  mysql://u@h/d?%70assword=piece  mysql://u@h/d?PASSWORD=piece
-mysql://u@h/d?password1=piece  postgresql://u@h/d?sslpassword=piece  mysql://u@h/d?local_infile=1
-mysql://u@h/d?allow_local_infile=1  mysql://u@h/d?allow_local_infile_in_path=/
-mysql://u%3Apiece@h/d  postgresql://u%3apiece@h/d
-mysql://u%3Apiece      postgresql://u%3apiece/d
-""".split()
+HOSTILE = [
+    "mysql://u:piece@h/d",
+    "postgresql://u:piece@h/d",
+    "mysql://:piece@h/d",
+    "mysql://u:@piece/d?piece",
+    "mysql://u:piece@piece@h/d",
+    "mysql://u:pie%40piece@h/d",
+    "mysql://u:piece#piece/piece?piece@h/d",
+    "postgresql://u:piece?piece@h/d",
+    "mysql://u:12@piece/d@h",
+    "mysql://u:12/piece@h/d",
+    "mysql://u:12?piece=x@h/d",
+    "mysql://u:12345@piece@h/d",
+    "mysql://u@h:piece/d",
+    "mysql://u@h:123456/piece",
+    "mysql://u@h/d/piece",
+    "mysql://u@h/d#piece",
+    "mysql://u@h/d?x=1#piece",
+    "mysql://u@h/d?x=piece@h/d",
+    "mysql:/u:piece@h/d",
+    "mysql:u:piece@h/d",
+    "mysql:piece",
+    "postgresql:u:piece@h/d",
+    "postgresql:/piece",
+    "mysqll://u:piece@h/d",
+    "MYSQL://u:piece@h/d",
+    "postgres://u:piece@h/d",
+    "https://u:piece@h/d",
+    "jdbc:mysql://u:piece@h/d",
+    "mysql+pymysql://u:piece@h/d",
+    "://piece",
+    "mysql://[u:piece@h/d",
+    "mysql://u@h/d?password=piece",
+    "mysql://u@h/d?passwd=piece",
+    "postgresql://u@h/d?password=piece",
+    "mysql://u@h/d?x=1&password=piece",
+    "mysql://u@h/d?%70assword=piece",
+    "mysql://u@h/d?PASSWORD=piece",
+    "mysql://u@h/d?password1=piece",
+    "postgresql://u@h/d?sslpassword=piece",
+    "mysql://u@h/d?local_infile=1",
+    "mysql://u@h/d?allow_local_infile=1",
+    "mysql://u@h/d?allow_local_infile_in_path=/",
+    "mysql://u%3Apiece@h/d",
+    "postgresql://u%3apiece@h/d",
+    "mysql://u%3Apiece",
+    "postgresql://u%3apiece/d",
+]
 
 
 @pytest.mark.parametrize("url", HOSTILE)
@@ -466,16 +600,25 @@ def test_a_file_is_no_url() -> None:
 
 
 REFUSED = ("mysql://u:piece@h/d", "postgresql://u@h/d?password=piece")
-COMMANDS = (["--check"], ["--check", "--json"], ["--serve", "--socket", "s"], ["--enroll"],
-            ["--import", str(SAMPLE)])
+COMMANDS = (
+    ["--check"],
+    ["--check", "--json"],
+    ["--serve", "--socket", "s"],
+    ["--enroll"],
+    ["--import", str(SAMPLE)],
+)
 
 
 @pytest.mark.parametrize("url", REFUSED)
 def test_refused_url_by_any_command(ask: Caller, url: str) -> None:
     """Error 2 with status 0 for a request, a status for a command, and never a word of it."""
     words = [["--db", url, *command] for command in COMMANDS] + [["--db", "a.db", "--import", url]]
-    answer, *done = at_once([lambda: ask("id", "001", db=url),
-                             *(functools.partial(run_command, ask, *line) for line in words)])
+    answer, *done = at_once(
+        [
+            lambda: ask("id", "001", db=url),
+            *(functools.partial(run_command, ask, *line) for line in words),
+        ]
+    )
     assert answer.error == 2 and "without a password" in answer.message
     assert b"piece" not in answer.output
     for line, command in zip(words, done):
@@ -486,9 +629,14 @@ def test_refused_url_by_any_command(ask: Caller, url: str) -> None:
 
 
 BROKEN = {  # nobody knows then what is a password; drivers quote the line
-    "mysql": ("password = %s\n", "[client\npassword = %s\n", "[client]\npassword\n = %s\n",
-              "[connector_python]\npassword %s\n"),
-    "postgresql": ("%s\n", "*:*:*:*\n:%s\n")}
+    "mysql": (
+        "password = %s\n",
+        "[client\npassword = %s\n",
+        "[client]\npassword\n = %s\n",
+        "[connector_python]\npassword %s\n",
+    ),
+    "postgresql": ("%s\n", "*:*:*:*\n:%s\n"),
+}
 
 
 def test_password_file(host: Host, tmp_path: Path) -> None:
@@ -496,9 +644,14 @@ def test_password_file(host: Host, tmp_path: Path) -> None:
     server = host.server
     server.load(ROWS[:1])
     wrong = write_private(tmp_path / "wrong", server.secrets_form % WRONG)
-    files = [wrong, str(tmp_path / "missing"), *(
-        write_private(tmp_path / str(number), form % PASSWORD)
-        for number, form in enumerate(BROKEN[server.scheme]))]
+    files = [
+        wrong,
+        str(tmp_path / "missing"),
+        *(
+            write_private(tmp_path / str(number), form % PASSWORD)
+            for number, form in enumerate(BROKEN[server.scheme])
+        ),
+    ]
     urls = [server.url(**{server.secrets_parameter: file}) for file in files]
     answers = at_once(functools.partial(host.ask, "id", "001", url=url) for url in urls)
     assert {answer.error for answer in answers} == {2}
@@ -522,16 +675,27 @@ def test_warning_of_a_library_is_not_in_the_answer(
 
 # ----------------------------------------------------------------------------------------- messages
 
-SECRETS = ("topsecret", "to'psecret", 'to"psecret', "to`psecret", "top\ntopsecret", "'topsecret",
-           "a'b\"topsecret'\"")
+SECRETS = (
+    "topsecret",
+    "to'psecret",
+    'to"psecret',
+    "to`psecret",
+    "top\ntopsecret",
+    "'topsecret",
+    "a'b\"topsecret'\"",
+)
 FAILING = {  # functions that fail with the stored value in the database's own message
-    "mysql": ("CREATE FUNCTION odd(k TEXT) RETURNS TEXT RETURN extractvalue(1, concat('~', k));",
-              "\nDELIMITER //\nCREATE FUNCTION odd(k TEXT) RETURNS TEXT BEGIN SIGNAL SQLSTATE "
-              "'45000' SET MESSAGE_TEXT = k; RETURN k; END//\nDELIMITER ;\n"),
-    "postgresql": ("CREATE FUNCTION odd(k TEXT) RETURNS TEXT LANGUAGE sql AS 'SELECT k::int::text'"
-                   ";",
-                   "CREATE FUNCTION odd(k TEXT) RETURNS TEXT LANGUAGE plpgsql AS "
-                   "$$ BEGIN RAISE EXCEPTION '%', k; END $$;")}
+    "mysql": (
+        "CREATE FUNCTION odd(k TEXT) RETURNS TEXT RETURN extractvalue(1, concat('~', k));",
+        "\nDELIMITER //\nCREATE FUNCTION odd(k TEXT) RETURNS TEXT BEGIN SIGNAL SQLSTATE "
+        "'45000' SET MESSAGE_TEXT = k; RETURN k; END//\nDELIMITER ;\n",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION odd(k TEXT) RETURNS TEXT LANGUAGE sql AS 'SELECT k::int::text';",
+        "CREATE FUNCTION odd(k TEXT) RETURNS TEXT LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION '%', k; END $$;",
+    ),
+}
 
 
 def test_no_message_holds_stored_text(host: Host) -> None:
@@ -585,16 +749,22 @@ def test_nobody_listens_or_somebody_is_silent(hosts: list[Host], silent_port: in
     """Neither hangs."""
     url = hosts[0].server.url
     for port, reason in (free_port(), ""), (silent_port, "no answer in time"):
-        assert_away(at_once(functools.partial(host.ask, "--timeout", "1", "id", "001",
-                                              url=url(port=port)) for host in hosts), reason)
+        assert_away(
+            at_once(
+                functools.partial(host.ask, "--timeout", "1", "id", "001", url=url(port=port))
+                for host in hosts
+            ),
+            reason,
+        )
 
 
 def test_sigterm_ends_it_at_once(hosts: list[Host], silent_port: int) -> None:
     """The manager's thread waits until then."""
     url = hosts[0].server.url(port=silent_port)
     words = ("--timeout", "60", "--db", url, "id", "001")
-    for answer in at_once(functools.partial(host.ask_file.call, *words, timeout=1.0)
-                          for host in hosts):
+    for answer in at_once(
+        functools.partial(host.ask_file.call, *words, timeout=1.0) for host in hosts
+    ):
         assert answer.timed_out and not answer.held and answer.output == b""
 
 
@@ -608,8 +778,11 @@ def test_frozen_server(hosts: list[Host]) -> None:
         serving.until(lambda: [each.answer("id", "001").error for _ in range(4)] == [0] * 4, "keys")
     server.freeze()
     try:
-        by_argv = [functools.partial(host.ask, "--timeout", "1", "id", "001", url=url)
-                   for host in hosts for url in (server.url(), server.socket_url())]
+        by_argv = [
+            functools.partial(host.ask, "--timeout", "1", "id", "001", url=url)
+            for host in hosts
+            for url in (server.url(), server.socket_url())
+        ]
         by_socket = [functools.partial(each.answer, "ip", "192.168.1.100") for each in served * 2]
         assert_away(at_once(by_argv) + at_once(by_socket), "no answer in time")
     finally:
@@ -623,9 +796,16 @@ def test_frozen_server_for_commands(hosts: list[Host], tmp_path: Path) -> None:
     server = hosts[0].server
     server.freeze()
     try:
-        done = at_once([functools.partial(host.run, "--timeout", "1", *words) for host in hosts
-                        for words in (["--db", server.url(), "--check"],
-                                      ["--db", tmp_path / host.driver, "--import", server.url()])])
+        done = at_once(
+            [
+                functools.partial(host.run, "--timeout", "1", *words)
+                for host in hosts
+                for words in (
+                    ["--db", server.url(), "--check"],
+                    ["--db", tmp_path / host.driver, "--import", server.url()],
+                )
+            ]
+        )
     finally:
         server.thaw()
     assert {command.returncode for command in done} == {1}
@@ -638,8 +818,10 @@ def test_locked_table(hosts: list[Host]) -> None:
     server = hosts[0].server
     server.load(ROWS[:1])
     with server.locked_table():
-        assert_away(at_once([functools.partial(host.ask, "--timeout", "1", "id", "001")
-                             for host in hosts]), "no answer in time")
+        assert_away(
+            at_once([functools.partial(host.ask, "--timeout", "1", "id", "001") for host in hosts]),
+            "no answer in time",
+        )
     assert [host.ask("id", "001").error for host in hosts] == [0] * len(hosts)
 
 
@@ -661,8 +843,10 @@ def test_kept_connection(host: Host) -> None:
     """A worker keeps its one, which has no old snapshot and holds no lock."""
     server = host.server
     server.load(ROWS[:2])
-    ids = {"mysql": "SELECT id FROM information_schema.processlist WHERE user = 'agent_reader'",
-           "postgresql": "SELECT pid FROM pg_stat_activity WHERE usename = 'agent_reader'"}
+    ids = {
+        "mysql": "SELECT id FROM information_schema.processlist WHERE user = 'agent_reader'",
+        "postgresql": "SELECT pid FROM pg_stat_activity WHERE usename = 'agent_reader'",
+    }
     host.served.answer("id", "001")
     before = server.sql(ids[server.scheme]).split()
     for turn in range(6):  # from the fifth on psycopg has the statement prepared
@@ -734,18 +918,30 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     signal.signal(signal.SIGALRM, handler)
 
 
-@pytest.mark.parametrize("deeds, outcomes, connections", [
-    ([well, well, well], ["", "", ""], 1),  # a connection is kept
-    ([well, broken, well, well], ["", "", ""], 2),  # one that broke is made again, at once
-    ([broken, well], ["mysql://u@h/d: ", ""], 2),  # but a new one is not
-    ([well, broken, broken, well], ["", "mysql://u@h/d: ", ""], 3),
-    ([hang, well], ["no answer in time", ""], 2),
-    ([well, hang, well], ["", "no answer in time", ""], 2),
-    ([well, hang_and_hide, well], ["", "no answer in time", ""], 2),  # nor when time is up
-    ([well, broken, hang, well], ["", "no answer in time", ""], 3),  # none is kept in the middle
-], ids=range(8))
-def test_query(database: Callable[..., Any], deeds: list[Callable[[], Any]], outcomes: list[str],
-               connections: int) -> None:
+@pytest.mark.parametrize(
+    "deeds, outcomes, connections",
+    [
+        ([well, well, well], ["", "", ""], 1),  # a connection is kept
+        ([well, broken, well, well], ["", "", ""], 2),  # one that broke is made again, at once
+        ([broken, well], ["mysql://u@h/d: ", ""], 2),  # but a new one is not
+        ([well, broken, broken, well], ["", "mysql://u@h/d: ", ""], 3),
+        ([hang, well], ["no answer in time", ""], 2),
+        ([well, hang, well], ["", "no answer in time", ""], 2),
+        ([well, hang_and_hide, well], ["", "no answer in time", ""], 2),  # nor when time is up
+        (
+            [well, broken, hang, well],
+            ["", "no answer in time", ""],
+            3,
+        ),  # none is kept in the middle
+    ],
+    ids=range(8),
+)
+def test_query(
+    database: Callable[..., Any],
+    deeds: list[Callable[[], Any]],
+    outcomes: list[str],
+    connections: int,
+) -> None:
     """Each deed of the database, what comes of each query, and how often it has connected then."""
     source = database(*deeds)
     for outcome in outcomes:
@@ -789,12 +985,17 @@ def plant(folder: Path, marker: Path) -> None:
 def test_no_driver(tmp_path: Path, scheme: str) -> None:
     """Error 2 names those that would do; none is taken from where a stranger could put one."""
     default, marker, home = interpreters()[0], tmp_path / "marker", tmp_path / "home"
-    ask = Caller(Python(str(lone_python(default.path, tmp_path / "none", "")), default.version),
-                 tmp_path)
+    ask = Caller(
+        Python(str(lone_python(default.path, tmp_path / "none", "")), default.version), tmp_path
+    )
     copy = tmp_path / "script" / SCRIPT.name
     version = ".".join(default.version.split(".")[:2])
-    for folder in (ask.folder, copy.parent, tmp_path / "path",
-                   home / f".local/lib/python{version}/site-packages"):
+    for folder in (
+        ask.folder,
+        copy.parent,
+        tmp_path / "path",
+        home / f".local/lib/python{version}/site-packages",
+    ):
         plant(folder, marker)
     shutil.copy(SCRIPT, copy)
     environment = {"PYTHONPATH": str(tmp_path / "path"), "HOME": str(home)}
@@ -840,13 +1041,27 @@ class Rogue:
 
     def mysql(self, connection: socket.socket) -> None:
         """Protocol 4.1 up to the password, or to the first query."""
+
         def say(number: int, payload: bytes) -> None:
             connection.sendall(struct.pack("<I", len(payload) | number << 24) + payload)
 
         capabilities = 0x0008828B  # of the common ones; 0x800 would be TLS
-        say(0, b"\n10.11.0-MariaDB\0" + struct.pack("<I8sxHBHHB10x12sx", 7, b"a" * 8,
-            capabilities & 0xFFFF, 45, 2, capabilities >> 16, 21, b"b" * 12)
-            + b"mysql_native_password\0")
+        say(
+            0,
+            b"\n10.11.0-MariaDB\0"
+            + struct.pack(
+                "<I8sxHBHHB10x12sx",
+                7,
+                b"a" * 8,
+                capabilities & 0xFFFF,
+                45,
+                2,
+                capabilities >> 16,
+                21,
+                b"b" * 12,
+            )
+            + b"mysql_native_password\0",
+        )
         number = self.hear(connection)[3] + 1
         if self.wanted == "password":
             say(number, b"\xfemysql_clear_password\0")
@@ -902,9 +1117,15 @@ def test_tls(host: Host, tmp_path: Path) -> None:
     with rogue(host.scheme) as other:
         # libpq knows that 127.1 is 127.0.0.1; for MySQLdb localhost is the unix socket.
         other_name = "localhost" if host.scheme == "postgresql" else "127.1"
-        urls = [with_tls(host, tmp_path, *place) for place in (
-            ("ca", "127.0.0.1"), ("wrong", "127.0.0.1"), ("ca", other_name),
-            ("ca", "127.0.0.1", other.port))]
+        urls = [
+            with_tls(host, tmp_path, *place)
+            for place in (
+                ("ca", "127.0.0.1"),
+                ("wrong", "127.0.0.1"),
+                ("ca", other_name),
+                ("ca", "127.0.0.1", other.port),
+            )
+        ]
         answers = at_once([functools.partial(host.ask, "id", "001", url=url) for url in urls])
         assert [answer.error for answer in answers] == [0, 2, 2, 2], answers
         # PyMySQL goes on without TLS before 1.2.0, which the README says.
@@ -927,8 +1148,10 @@ def test_driver_that_goes_on_without_tls_comes_last(monkeypatch: pytest.MonkeyPa
 
 def test_rogue_server_would_get_it_without_tls() -> None:
     """Or the test above would prove nothing. (A stand-in for a client that trusts it.)"""
-    with (rogue("postgresql") as other,
-          socket.create_connection(("127.0.0.1", other.port)) as client):
+    with (
+        rogue("postgresql") as other,
+        socket.create_connection(("127.0.0.1", other.port)) as client,
+    ):
         client.sendall(struct.pack(">II", 8, 80877103))
         assert client.recv(1) == b"N"
         client.sendall(b"\0\0\0\x08\0\3\0\0")
@@ -977,12 +1200,15 @@ time.sleep(99)
 
 def test_no_database_server_is_left_behind(tmp_path: Path) -> None:
     """However the tests end, and whatever the server does: it may clean up, and is ended then."""
+
     def end_by(number: int) -> None:
         folder, cleaned_up = tmp_path / str(number), tmp_path / f"{number}.cleaned-up"
         folder.mkdir()
-        with subprocess.Popen([sys.executable, "-c", TESTS, os.path.dirname(__file__), folder,
-                               STAND_IN, cleaned_up],
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tests:
+        with subprocess.Popen(
+            [sys.executable, "-c", TESTS, os.path.dirname(__file__), folder, STAND_IN, cleaned_up],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as tests:
             assert tests.stdout
             dog = int(tests.stdout.readline())
             family = [dog, *descendants(dog)]
@@ -990,5 +1216,7 @@ def test_no_database_server_is_left_behind(tmp_path: Path) -> None:
         serving.until(lambda: not any(map(serving.alive, family)), "the end of all")
         assert len(family) >= 4 and not folder.exists() and cleaned_up.exists()
 
-    at_once(functools.partial(end_by, number)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
+    at_once(
+        functools.partial(end_by, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+    )

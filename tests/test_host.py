@@ -260,9 +260,7 @@ def test_nothing_of_the_environment_is_imported(
             assert answer.data == DATA
 
 
-def test_the_path_of_a_python_that_is_named(
-    ask_each: Caller, stores: Stores, marker: Path
-) -> None:
+def test_the_path_of_a_python_that_is_named(ask_each: Caller, stores: Stores, marker: Path) -> None:
     """`python3 agent_key_request.py`: what Python imports before our first line is its own."""
     code = "import sys; print(*sys.modules)"
     done = subprocess.run([ask_each.python.path, "-c", code], capture_output=True, check=True)
@@ -283,7 +281,9 @@ def test_through_links(ask: Caller, stores: Stores) -> None:
     (folder / "key").symlink_to("middle")
     path = stores.sqlite()
     for style, cwd, name in (
-        ("exec", folder, "./key"), ("exec", "/", folder / "key"), ("python", folder, "key"),
+        ("exec", folder, "./key"),
+        ("exec", "/", folder / "key"),
+        ("python", folder, "key"),
     ):
         assert ask("id", "001", db=path, style=style, script=name, cwd=cwd).data == DATA
 
@@ -383,8 +383,9 @@ def test_a_read_only_file_system(ask: Caller, open_folder: Path, kind: str) -> N
 
 def endless(stores: Stores) -> Path:
     """Make an SQL script that never ends."""
-    return stores.text("WITH RECURSIVE f(n) AS (SELECT 1 UNION ALL SELECT n FROM f) "
-                       "SELECT max(n) FROM f;", "a.sql")
+    return stores.text(
+        "WITH RECURSIVE f(n) AS (SELECT 1 UNION ALL SELECT n FROM f) SELECT max(n) FROM f;", "a.sql"
+    )
 
 
 def test_sigterm_that_arrives_blocked_ends_it(
@@ -399,9 +400,7 @@ def test_sigterm_that_arrives_blocked_ends_it(
         assert answer.timed_out and not answer.held and answer.output == b"", source
 
 
-def test_sigterm_at_any_moment(
-    ask: Caller, stores: Stores, locked: Callable[[Path], None]
-) -> None:
+def test_sigterm_at_any_moment(ask: Caller, stores: Stores, locked: Callable[[Path], None]) -> None:
     path = stores.sqlite()
     locked(path)
     for step in range(12):
@@ -508,8 +507,13 @@ def test_a_reader_who_has_gone(ask: Caller, stores: Stores) -> None:
     how = {"stdout": writer, "stderr": subprocess.PIPE, "capture_output": False}
     for restore in False, True:
         done = start(
-            ask, "--db", stores.sqlite(name=f"{restore}.db"), "id", "001",
-            restore_signals=restore, **how,
+            ask,
+            "--db",
+            stores.sqlite(name=f"{restore}.db"),
+            "id",
+            "001",
+            restore_signals=restore,
+            **how,
         )
         assert (done.returncode, done.stderr) == (0, b"")
     os.close(writer)

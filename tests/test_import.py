@@ -308,26 +308,50 @@ CANONICAL = [  # #: the number of the agent
 
 def test_addresses_are_written_in_one_spelling(stores: Stores, store: Path) -> None:
     """So that requests find them; and what is not the same is not taken for it."""
-    agents = [[Record(str(n), f"a{n}", ip.replace("#", str(n)), "k") for ip in ips]
-              for n, ips in enumerate(CANONICAL, 100)]
+    agents = [
+        [Record(str(n), f"a{n}", ip.replace("#", str(n)), "k") for ip in ips]
+        for n, ips in enumerate(CANONICAL, 100)
+    ]
     imported(store, stores.csv([given for given, _ in agents]))
     assert rows(store) == [right for _, right in agents]
 
 
 def test_ids_and_padding_and_types_are_mended(stores: Stores, store: Path) -> None:
-    agents = [("1", "a", None, "k"), (" 02 ", " b ", "any", " k "), (3, "c", "any", b"blob"),
-              (b"004", "d", b"10.0.0.1", "k"), (5.0, "e", "any", 7), (1000, "f", "any", "k")]
+    agents = [
+        ("1", "a", None, "k"),
+        (" 02 ", " b ", "any", " k "),
+        (3, "c", "any", b"blob"),
+        (b"004", "d", b"10.0.0.1", "k"),
+        (5.0, "e", "any", 7),
+        (1000, "f", "any", "k"),
+    ]
     imported(store, stores.untyped(agents))
     assert rows(store) == [
-        ("001", "a", "any", "k"), ("002", "b", "any", "k"), ("003", "c", "any", "blob"),
-        ("004", "d", "10.0.0.1", "k"), ("005", "e", "any", "7"), ("1000", "f", "any", "k"),
+        ("001", "a", "any", "k"),
+        ("002", "b", "any", "k"),
+        ("003", "c", "any", "blob"),
+        ("004", "d", "10.0.0.1", "k"),
+        ("005", "e", "any", "7"),
+        ("1000", "f", "any", "k"),
     ]
 
 
 def test_what_many_agents_may_have(stores: Stores, store: Path) -> None:
     """`any`, the same key, an address within a network, networks within networks."""
-    ips = ["any", "", "ANY", "10.0.0.0/8", "10.0.0.0/16", "10.0.0.0/24", "10.0.0.0", "10.0.0.1",
-           "2001:db8:0:1::1", "2001:db8:0:2::1", "64::/64", "64::"]
+    ips = [
+        "any",
+        "",
+        "ANY",
+        "10.0.0.0/8",
+        "10.0.0.0/16",
+        "10.0.0.0/24",
+        "10.0.0.0",
+        "10.0.0.1",
+        "2001:db8:0:1::1",
+        "2001:db8:0:2::1",
+        "64::/64",
+        "64::",
+    ]
     imported(store, stores.csv([(f"{n:03d}", f"a{n}", ip, "k") for n, ip in enumerate(ips, 1)]))
     assert len(rows(store)) == len(ips)
 
@@ -456,9 +480,13 @@ IN_THE_WAY: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a database of something else": ("of somebody's own", something_else),
     "its own with a table": ("of somebody's own", lambda store: add(store, "CREATE TABLE a(b)")),
     "its own with a view": (
-        "of somebody's own", lambda store: add(store, "CREATE VIEW a AS SELECT id FROM agent")),
+        "of somebody's own",
+        lambda store: add(store, "CREATE VIEW a AS SELECT id FROM agent"),
+    ),
     "its own without a table": (
-        "database", lambda store: add(store, "DROP TABLE agent; CREATE TABLE a(b)")),
+        "database",
+        lambda store: add(store, "DROP TABLE agent; CREATE TABLE a(b)"),
+    ),
     "half of its own": ("damaged", lambda store: damage(store, 40960)),
     "the first page of its own": ("damaged", lambda store: damage(store, 4096)),
     "the head of its own": ("damaged", lambda store: damage(store, 100)),
@@ -510,6 +538,7 @@ def test_somebody_is_writing(stores: Stores, old_store: Path, suffix: str) -> No
 
 def test_a_writer_who_comes_while_it_is_built(stores: Stores, old_store: Path) -> None:
     """What may be replaced is looked at again before it is."""
+
     def before() -> None:
         copy = script.Report.copy
 
@@ -569,17 +598,26 @@ def test_every_fault_is_told(stores: Stores, old_store: Path) -> None:
         ("004", "four", "10.0.0.256", KEY),
         (SECRET, "five", "any", KEY),
     ]
-    rules = [(3, "0020", "id"), (4, "003", "name"), (4, "003", "key"), (5, "004", "ip"),
-             (6, "with an id of 54 characters", "id")]
+    rules = [
+        (3, "0020", "id"),
+        (4, "003", "name"),
+        (4, "003", "key"),
+        (5, "004", "ip"),
+        (6, "with an id of 54 characters", "id"),
+    ]
     source = stores.csv(agents)
     said = refused(old_store, source)
-    assert faults(said) == [f"error: line {line}: agent {agent}: {script.RULES[field]}"
-                            for line, agent, field in rules]
-    assert said.lines[len(rules):] == [f"agent_key_request: error: {source}: 5 faults, nothing "
-                                       f"imported, {old_store} is as it was"]
+    assert faults(said) == [
+        f"error: line {line}: agent {agent}: {script.RULES[field]}" for line, agent, field in rules
+    ]
+    assert said.lines[len(rules) :] == [
+        f"agent_key_request: error: {source}: 5 faults, nothing imported, {old_store} is as it was"
+    ]
     said = refused(old_store, stores.untyped(agents))
-    assert faults(said) == [f"error: row {line - 1}: agent {agent}: {script.RULES[field]}"
-                            for line, agent, field in rules]
+    assert faults(said) == [
+        f"error: row {line - 1}: agent {agent}: {script.RULES[field]}"
+        for line, agent, field in rules
+    ]
     assert "1 fault, nothing imported" in refused(old_store, stores.csv(agents[:2])).err
 
 
@@ -588,10 +626,12 @@ def test_the_first_hundred_faults(stores: Stores, old_store: Path, count: int) -
     agents = [(f"{number:03d}", f"bad {number}", "any", "k") for number in range(1, count + 1)]
     said = refused(old_store, stores.csv(agents))
     assert [line.split(":")[1] for line in faults(said)] == [
-        f" line {number + 1}" for number in range(1, min(count, 100) + 1)]
-    rest = said.lines[min(count, 100):]
+        f" line {number + 1}" for number in range(1, min(count, 100) + 1)
+    ]
+    rest = said.lines[min(count, 100) :]
     assert [line for line in rest if "more" in line] == (
-        [f"... and {count - 100} more"] if count > 100 else [])
+        [f"... and {count - 100} more"] if count > 100 else []
+    )
     assert f"{count} faults, nothing imported" in rest[-1]
 
 
@@ -635,7 +675,9 @@ def test_one_field_of_many_agents(stores: Stores, old_store: Path) -> None:
     said = refused(old_store, stores.csv([("007", "a", "10.0.0.1", "k")] * 3))
     assert sorted(faults(said)) == [
         f"error: line {line}: agent 007: {field} is already that of line 2"
-        for line in (3, 4) for field in ("id", "ip", "name")]
+        for line in (3, 4)
+        for field in ("id", "ip", "name")
+    ]
 
 
 def test_lines_are_counted_as_an_editor_counts(stores: Stores, old_store: Path) -> None:
@@ -658,7 +700,9 @@ NO_END = {
     "csv, a key that ends with a letter": (2, lines("id,name,ip,key", "001,a,any,X")),
     "csv, a header only": (1, "id,name,ip,key"),
     "csv, comments before the header": (
-        5, lines("\ufeff# a", "", "# b", "id;name;ip;key", "001;a;any;k")),
+        5,
+        lines("\ufeff# a", "", "# b", "id;name;ip;key", "001;a;any;k"),
+    ),
     "csv, a header only, after comments": (3, lines("# a", "", "id,name,ip,key")),
     "csv, \\r\\n": (4, lines("id,name,ip,key", "", "", "001,a,any,k", end="\r\n")),
     "tabs": (3, lines("id\tname\tip\tkey", "001\ta\tany\tk", "002\tb\tany\tk")),
@@ -695,8 +739,16 @@ def test_a_script_that_is_cut(stores: Stores, old_store: Path) -> None:
 
 def test_standard_input_is_called_that(stores: Stores, old_store: Path) -> None:
     """Whatever is wrong with it."""
-    for text in ("", "Dear all,\n", "id,name,ip\n", "id,name,ip,key\n", "001 a any k", "001 a b\n",
-                 "001 a any k\n002 a any k\n", 'id,name,ip,key\n001,"a\n'):
+    for text in (
+        "",
+        "Dear all,\n",
+        "id,name,ip\n",
+        "id,name,ip,key\n",
+        "001 a any k",
+        "001 a b\n",
+        "001 a any k\n002 a any k\n",
+        'id,name,ip,key\n001,"a\n',
+    ):
         said = refused(old_store, "-", stdin=text.encode())
         assert "standard input" in said.lines[-1] and " -: " not in said.lines[-1], said
 
@@ -792,11 +844,15 @@ def test_what_a_killed_import_left_is_used_again(
 STRANGE: dict[str, Callable[[Path, Path], object]] = {
     "a link": lambda place, victim: place.symlink_to(victim),
     "a link to an empty file": lambda place, victim: (
-        place.symlink_to(victim), victim.write_text("")),
+        place.symlink_to(victim),
+        victim.write_text(""),
+    ),
     "a link to nothing": lambda place, victim: (place.symlink_to(victim), victim.unlink()),
     "a hard link": lambda place, victim: place.hardlink_to(victim),
     "a hard link to an empty file": lambda place, victim: (
-        place.hardlink_to(victim), victim.write_text("")),
+        place.hardlink_to(victim),
+        victim.write_text(""),
+    ),
     "writable": lambda place, victim: (place.touch(), place.chmod(0o666)),
     "somebody's": lambda place, victim: (place.touch(0o600), os.chown(place, 65534, 65534)),
     "a folder": lambda place, victim: place.mkdir(),
@@ -873,9 +929,11 @@ def test_what_it_builds_in_is_not_its_source(stores: Stores, store: Path) -> Non
 
 def test_its_source_is_asked_for_as_long_as_timeout_says(old_store: Path) -> None:
     """10 s, as in a request, unless it says so."""
+
     def before() -> None:
         def told(_name: str, seconds: float, _whole: object) -> None:
             raise script.Reply(2, f"{seconds:g} s")
+
         script.open_source = told
 
     for options, seconds in ((), "10 s"), (("--timeout", "7"), "7 s"):
@@ -886,8 +944,10 @@ def test_a_pipe_by_its_name(stores: Stores, store: Path) -> None:
     """`--import <(...)`; `-` would be standard input."""
     reader, writer = os.pipe()
     os.close(writer)
-    assert "/dev/stdin: not a regular file, nothing imported" in refused(
-        store, "/dev/stdin", stdin=reader).err
+    assert (
+        "/dev/stdin: not a regular file, nothing imported"
+        in refused(store, "/dev/stdin", stdin=reader).err
+    )
     os.close(reader)
 
 
@@ -898,6 +958,7 @@ STEPS = ("import_agents", "claim", "build", "copy", "records", "refuse_to_replac
 
 def at_line(number: int, what: signal.Signals) -> Callable[[], None]:
     """Send a signal to the fork at the line of that NUMBER among those that an import runs."""
+
     def before() -> None:
         original, count = script.import_agents, 0
         name = original.__code__.co_filename
@@ -964,7 +1025,9 @@ def test_ended_at_any_moment(stores: Stores, store: Path) -> None:
         if there == OLD:
             assert said.status in (1, -what), (number, said)
             assert said.status == -what or "interrupted, nothing imported" in said.err, (
-                number, said)
+                number,
+                said,
+            )
         else:
             assert there == GOOD[:2], (number, said)
             assert said.status == 0 or "imported" in said.err, (number, said)
@@ -1006,8 +1069,15 @@ def test_what_it_builds_is_taken_away(old_store: Path, start: Callable[..., Chil
 def waits_for_input(pid: int) -> bool:
     """Whether a process sleeps in a read of a pipe."""
     state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    opened = {os.path.basename(os.readlink(link)) for link in Path(f"/proc/{pid}/fd").iterdir()
-              if link.exists()} if state == "S" else set()
+    opened = (
+        {
+            os.path.basename(os.readlink(link))
+            for link in Path(f"/proc/{pid}/fd").iterdir()
+            if link.exists()
+        }
+        if state == "S"
+        else set()
+    )
     return state == "S" and "null" in opened  # it has begun: its first step opens /dev/null
 
 
@@ -1032,6 +1102,7 @@ def test_ended_while_indexes_are_built(
     stores: Stores, old_store: Path, what: signal.Signals
 ) -> None:
     """There SQLite is at work, and gives up by itself."""
+
     def before() -> None:
         often()
         calls, progress = 0, script.Report.progress
@@ -1050,8 +1121,9 @@ def test_ended_while_indexes_are_built(
     assert rows(old_store) == OLD and beside(old_store) == set()
 
 
-@pytest.mark.parametrize("agents", [[("001", "bad name", "any", "k")] * 300, GOOD],
-                         ids=["faults", "sound"])
+@pytest.mark.parametrize(
+    "agents", [[("001", "bad name", "any", "k")] * 300, GOOD], ids=["faults", "sound"]
+)
 def test_nobody_reads_what_it_says(stores: Stores, old_store: Path, agents: Any) -> None:
     """A closed pipe ends what has faults; it does not undo what is done."""
     reader, writer = os.pipe()
@@ -1069,6 +1141,7 @@ def test_nobody_reads_what_it_says(stores: Stores, old_store: Path, agents: Any)
 
 def test_a_file_may_not_grow(stores: Stores, old_store: Path) -> None:
     """As a full disk, for those who are not root."""
+
     def before() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
@@ -1103,6 +1176,7 @@ def test_a_full_disk(stores: Stores, small_disk: Path) -> None:
 
 def test_on_the_disk_before_it_is_moved(stores: Stores, old_store: Path) -> None:
     """A power cut right after the move must not leave an empty store."""
+
     def before() -> None:
         fsync, rename = os.fsync, os.rename
 
@@ -1117,8 +1191,11 @@ def test_on_the_disk_before_it_is_moved(stores: Stores, old_store: Path) -> None
         os.fsync, os.rename = noted, moved
 
     said = forked("--db", old_store, "--import", stores.csv(GOOD), before=before)
-    assert said.out.splitlines() == [f"fsync {old_store}.import", f"rename {old_store}.import",
-                                     f"fsync {old_store.parent}"]
+    assert said.out.splitlines() == [
+        f"fsync {old_store}.import",
+        f"rename {old_store}.import",
+        f"fsync {old_store.parent}",
+    ]
 
 
 # ---------------------------------------------------------------- two at once, and requests
@@ -1131,8 +1208,7 @@ def test_while_another_one_is_at_work(
     reader, writer = os.pipe()
     place = Path(f"{old_store}.import")
     with os.fdopen(writer, "wb", 0) as stream:
-        first = start("--db", old_store, "--import", "-", stdin=reader,
-                      before=lambda: os.umask(0))
+        first = start("--db", old_store, "--import", "-", stdin=reader, before=lambda: os.umask(0))
         os.close(reader)
         stream.write(tabs(GOOD[:1]).encode())
         until(lambda: place.exists() and place.stat().st_size, "the store that it builds")
@@ -1174,9 +1250,7 @@ def test_another_one_that_starts_just_then(stores: Stores, old_store: Path) -> N
     assert "another import" in said.err and rows(old_store) == OLD
 
 
-def test_many_at_once_do_not_mix(
-    stores: Stores, store: Path, start: Callable[..., Child]
-) -> None:
+def test_many_at_once_do_not_mix(stores: Stores, store: Path, start: Callable[..., Child]) -> None:
     """The store is one's whose status was 0; who is refused says why, and takes nothing away."""
     agents = [records(500, turn) for turn in range(3)]
     sources = [stores.csv(some, f"{turn}.csv") for turn, some in enumerate(agents)]
@@ -1245,10 +1319,9 @@ def test_on_a_terminal(stores: Stores, store: Path, start: Callable[..., Child])
     assert all(len(line) < len(last) for line in shown)
 
 
-def test_progress_on_a_terminal(
-    stores: Stores, store: Path, start: Callable[..., Child]
-) -> None:
+def test_progress_on_a_terminal(stores: Stores, store: Path, start: Callable[..., Child]) -> None:
     """While agents are read, and on and on while the indexes are built."""
+
     def before() -> None:
         often()
         progress = script.Report.progress

@@ -159,8 +159,7 @@ def key_request(inner: str, auth: str = "") -> str:
 def wodle(inner: str) -> str:
     """A configuration for 3.8 to 4.3."""
     return (
-        '<ossec_config><auth></auth><wodle name="agent-key-polling">'
-        f"{inner}</wodle></ossec_config>"
+        f'<ossec_config><auth></auth><wodle name="agent-key-polling">{inner}</wodle></ossec_config>'
     )
 
 
@@ -179,8 +178,10 @@ PATHS: dict[str, tuple[str, dict[tuple[str, ...], str]]] = {
     "two comments": ("<r><!-- x --><a>1</a><!-- y --></r>", {("a",): "1"}),
     "a comment within text": ("<r><a>1<!-- x -->2</a></r>", {("a",): "12"}),
     "a comment around the root": ("<!-- <r><a>1</a></r> --><r><b>2</b></r>", {("b",): "2"}),
-    "attribute, over two lines": ('<r><wodle\n  name="x" ><a>1</a></wodle></r>', {
-        ('wodle name="x"', "a"): "1"}),
+    "attribute, over two lines": (
+        '<r><wodle\n  name="x" ><a>1</a></wodle></r>',
+        {('wodle name="x"', "a"): "1"},
+    ),
     "text in two": ("<r><a><b>x</a><a>y</b></a></r>", {("a", "b"): "xy"}),
     "attribute": ('<r><wodle name="x"><a>1</a></wodle></r>', {('wodle name="x"', "a"): "1"}),
     "raw ampersand": ("<r><a>x && y; echo &amp;</a></r>", {("a",): "x && y; echo &amp;"}),
@@ -395,7 +396,10 @@ def test_configurations(case: str, home: Home, store: Path, command: Callable[..
     for how, count in ("exec_path", ran), ("socket", asked):
         assert sum(line.startswith(how + " gave a sound answer") for line in said.out) == count
     assert said.out[-1] == "3 agents, %d error%s, %d note%s" % (
-        len(errors), "s" * (len(errors) != 1), notes, "s" * (notes != 1)
+        len(errors),
+        "s" * (len(errors) != 1),
+        notes,
+        "s" * (notes != 1),
     )
 
 
@@ -683,6 +687,7 @@ def test_what_nobody_has_foreseen(
     home: Home, store: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Is an error without the exception's text, and the check goes on."""
+
     def fail(*_: object) -> None:
         raise LookupError(SECRET)
 
@@ -740,8 +745,9 @@ def test_counting_many_may_take_its_time(
 ) -> None:
     """A million agents take longer than a request may."""
     rows = ((f"{number:05d}", f"n{number}", "any", "x") for number in range(10_000, 30_000))
-    said = command("--check", "--manager", home.path, "--timeout", "0.001", "--db",
-                   stores.sqlite(rows))
+    said = command(
+        "--check", "--manager", home.path, "--timeout", "0.001", "--db", stores.sqlite(rows)
+    )
     assert "20000 not" in said.out[-2]
 
 
@@ -775,7 +781,8 @@ def test_frames(home: Home, store: Path, command: Callable[..., Said]) -> None:
         {"function": "add", "arguments": ALPHA._asdict()},
     ]
     assert {frozenset(m["arguments"]) for m in manager.messages} == {
-        frozenset(["id"]), frozenset(FIELDS)
+        frozenset(["id"]),
+        frozenset(FIELDS),
     }
 
 
@@ -887,9 +894,7 @@ def test_broken_records_are_listed_and_not_sent(
     with authd.running(home.path) as manager:
         said = command("--enroll", "--manager", home.path, "--db", source)
     assert said.err[0] == f"error: line 2: agent 001: {script.RULES['name']}"
-    assert said.err[100:] == [
-        "... and 5 more", f"{source}: 106 agents, 1 enrolled now, 105 errors"
-    ]
+    assert said.err[100:] == ["... and 5 more", f"{source}: 106 agents, 1 enrolled now, 105 errors"]
     assert said.status == 1
     assert manager.sent("get") == manager.sent("add") == ["200"]
 
@@ -1033,9 +1038,7 @@ def test_in_cron_and_by_hand(ask: Caller, home: Home, store: Path) -> None:
 @pytest.mark.slow
 def test_ten_thousand(ask: Caller, home: Home, stores: Stores) -> None:
     """In seconds; it took the vendor's way minutes."""
-    rows = [
-        (f"{n:03d}", f"n{n}", f"10.1.{n // 250}.{n % 250}", SECRET) for n in range(1, 10_001)
-    ]
+    rows = [(f"{n:03d}", f"n{n}", f"10.1.{n // 250}.{n % 250}", SECRET) for n in range(1, 10_001)]
     source = stores.csv(rows)
     with authd.running(home.path) as manager:
         answer = ask.call("--db", source, "--enroll", "-v", "--manager", home.path, timeout=120)

@@ -140,9 +140,7 @@ def test_the_source_without_db(ask: Caller, stores: Stores) -> None:
             assert answer.error == 2 and str(default) in answer.message
 
 
-@pytest.mark.parametrize(
-    "name", ["a%41?mode=rw#x", "é a'b\"c", "-x", "file:x", b"new\nline\xff"]
-)
+@pytest.mark.parametrize("name", ["a%41?mode=rw#x", "é a'b\"c", "-x", "file:x", b"new\nline\xff"])
 def test_a_source_of_any_name(ask: Caller, stores: Stores, name: str | bytes) -> None:
     """Also relative to the working directory, which is the manager's home."""
     path = stores.sqlite(name=name)
@@ -197,6 +195,7 @@ def test_a_source_that_hangs_or_fails_like_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A query's own time ends before the alarm, which cannot say what held it up."""
+
     def open_source(name: str, shorter: float) -> None:
         assert name == "a.csv" and 0 < shorter < seconds
         fault()
@@ -266,7 +265,11 @@ def on_a_terminal(ask: Caller, *words: str) -> tuple[int, bytes, str]:
     master, terminal = pty.openpty()
     try:
         done = start(
-            ask, *words, stdin=terminal, stdout=subprocess.PIPE, stderr=terminal,
+            ask,
+            *words,
+            stdin=terminal,
+            stdout=subprocess.PIPE,
+            stderr=terminal,
             capture_output=False,
         )
         os.set_blocking(master, False)
@@ -348,7 +351,10 @@ def test_version_shows_the_hash_of_the_file(ask_each: Caller, stores: Stores) ->
     link = stores.folder / "link"
     link.symlink_to(copy)
     for path, style in (
-        (SCRIPT, "exec"), (SCRIPT, "python"), (copy, "isolated"), (link, "exec"),
+        (SCRIPT, "exec"),
+        (SCRIPT, "python"),
+        (copy, "isolated"),
+        (link, "exec"),
     ):
         copy.chmod(0o755)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

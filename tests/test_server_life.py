@@ -23,8 +23,21 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SCRIPT, Caller, Python, Stores, script
 from serving import (
-    LIMIT, Load, Server, alive, connect, connections, fault_of, ids_of, key, records, refused,
-    serve_command, serving, started, until,
+    LIMIT,
+    Load,
+    Server,
+    alive,
+    connect,
+    connections,
+    fault_of,
+    ids_of,
+    key,
+    records,
+    refused,
+    serve_command,
+    serving,
+    started,
+    until,
 )  # fmt: skip
 
 AGENTS = 300

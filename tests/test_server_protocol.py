@@ -144,9 +144,7 @@ def test_asking_where_nobody_answers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\0"])
 @pytest.mark.parametrize("half_close", [False, True])
-def test_line_ends_are_tolerated(
-    server: Server, store: Path, end: bytes, half_close: bool
-) -> None:
+def test_line_ends_are_tolerated(server: Server, store: Path, end: bytes, half_close: bool) -> None:
     """People try it with `nc -U`, which sends lines, and may half-close."""
     for request in b"id:007", b"id:":
         assert talk(server, request + end, half_close=half_close) == one_shot(store, request)

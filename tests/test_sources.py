@@ -941,7 +941,7 @@ def test_csv_quotes_in_sound_rows(stores: Stores) -> None:
 
 def test_tabs_as_mysql_batch_writes_them(stores: Stores) -> None:
     rows = {
-        "001\tmy_agent\tNULL\ta\\\\b\"c": 'a\\b"c',
+        '001\tmy_agent\tNULL\ta\\\\b"c': 'a\\b"c',
         "002\ta\\tb\tany\tk": None,
         "003\ta\\nb\tany\tk": None,
         "004\ta\\0b\tany\tk": None,
@@ -953,7 +953,7 @@ def test_tabs_as_mysql_batch_writes_them(stores: Stores) -> None:
         '010\tten\tany\t"a ""b"" c"': 'a "b" c',
         '011\televen\tany\t"': '"',
         '012\ttwelve\tany\t"open': '"open',
-        "013\tthirteen\tany\tclose\"": 'close"',
+        '013\tthirteen\tany\tclose"': 'close"',
         "014\tfourteen\tany\tNULLs": "NULLs",
         "015\tfifteen\tany\t\\\\n\\\\\\\\t": "\\n\\\\t",
         "016\tsixteen\tany\ta\\xb": "a\\xb",
@@ -1195,9 +1195,7 @@ FAILING = {  # and the line at which the failing statement starts
 
 
 @pytest.mark.parametrize("case", FAILING)
-def test_sql_script_that_fails(
-    stores: Stores, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sql_script_that_fails(stores: Stores, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stores.folder)
     content, line = FAILING[case]
     path = stores.text(content, "agents.sql")

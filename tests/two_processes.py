@@ -68,8 +68,11 @@ class Child:
         capture.stop_global_capturing()  # its files are the other's, too
         capture.start_global_capturing()
         capture.suspend_global_capture()
-        items = (item for number in iter(lambda: os.read(numbers, 2), b"")
-                 for item in units[int.from_bytes(number, sys.byteorder)])
+        items = (
+            item
+            for number in iter(lambda: os.read(numbers, 2), b"")
+            for item in units[int.from_bytes(number, sys.byteorder)]
+        )
         trouble = ""
         try:
             item = next(items, None)
@@ -95,14 +98,19 @@ class Child:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep a report."""
         self.reports.append(
-            self.hook.pytest_report_to_serializable(config=self.config, report=report))
+            self.hook.pytest_report_to_serializable(config=self.config, report=report)
+        )
 
     def pytest_warning_recorded(
         self, warning_message: warnings.WarningMessage, when: Any, nodeid: str, location: Any
     ) -> None:
         """Keep a warning."""
-        what = (str(warning_message.message), warning_message.category, warning_message.filename,
-                warning_message.lineno)
+        what = (
+            str(warning_message.message),
+            warning_message.category,
+            warning_message.filename,
+            warning_message.lineno,
+        )
         self.warnings.append((what, when, nodeid, location))
 
     # -- in the parent
@@ -120,20 +128,30 @@ class Child:
             if status or self.running:
                 text = f"Its process has ended with status {status}.\n{trouble}"
                 path = self.running.partition("::")[0]
-                self.hook.pytest_runtest_logreport(report=pytest.TestReport(
-                    self.running, (path, None, self.running), {}, "failed", text, "call"))
+                self.hook.pytest_runtest_logreport(
+                    report=pytest.TestReport(
+                        self.running, (path, None, self.running), {}, "failed", text, "call"
+                    )
+                )
         return not ended
 
     def pass_on(self, reports: list[Any], recorded: list[Any]) -> None:
         """Do what pytest does once a test has run."""
         for what, when, nodeid, location in recorded:
-            self.hook.pytest_warning_recorded.call_historic(kwargs={
-                "warning_message": warnings.WarningMessage(*what), "when": when, "nodeid": nodeid,
-                "location": location})
+            self.hook.pytest_warning_recorded.call_historic(
+                kwargs={
+                    "warning_message": warnings.WarningMessage(*what),
+                    "when": when,
+                    "nodeid": nodeid,
+                    "location": location,
+                }
+            )
         if not reports:
             return
-        told = [self.hook.pytest_report_from_serializable(config=self.config, data=data)
-                for data in reports]
+        told = [
+            self.hook.pytest_report_from_serializable(config=self.config, data=data)
+            for data in reports
+        ]
         name, location = told[0].nodeid, told[0].location
         self.hook.pytest_runtest_logstart(nodeid=name, location=location)
         for report in told:
