@@ -11,7 +11,8 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +27,49 @@ ERRORS = {
     9012: "Duplicate ID",
     9013: "Maximum number of agents reached",
     9015: "Cannot execute this request on a worker node",
+    9016: "Cannot communicate with master",
+    9017: "Invalid agent name",
 }
+DRIP_SECONDS = 20.0  # an answer that comes byte by byte ends after this time, whatever happens
 
 
 class Authd:
     """One manager's enrolment, at HOME/queue/sockets/auth.
 
     agents: those it has, by id, each a dict of the four FIELDS, addresses as it writes them;
-    messages: all that it was sent; host: its own name; room: how many agents it takes;
-    worker: whether it is a worker node of a cluster; fails: functions that give error 9001.
-    manner: how it answers, once it has given `sound` answers: `well`; in `pieces`; `closed`: it
-    closes without having done anything; `done`: it does what it was told, and closes; `cut`: it
-    closes within the answer; `silent`; or the bytes to answer. stays: it does not close after them.
+    removed: those that <force> removed; messages: all that it was sent.
+    host: its own name; room: how many agents it takes; force: whether <force> of its ossec.conf
+    lets an agent replace older ones; fails: the error number of each function that fails; worker:
+    whether it is a worker node of a cluster; late: whether it writes client.keys at its end only,
+    and not when it adds an agent.
+    manner: how it answers, once it has given `sound` answers: `well`; in `pieces`; in a `drip`,
+    which never ends; `closed`: it closes without having done anything; `done`: it does what it was
+    told, and closes; `cut`: it closes within the answer; `silent`; or the bytes to answer.
+    stays: it does not close after them.
     """
 
     def __init__(self, home: Path, agents: Iterable[Sequence[str]] = (), **settings: Any) -> None:
         """Take the AGENTS that it has, and the SETTINGS named above."""
         self.path = home / "queue/sockets/auth"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.keys = home / "etc/client.keys"
         self.agents: dict[str, dict[str, str]] = {}
-        self.names: set[str] = set()
-        self.addresses: set[str] = set()
+        self.by_name: dict[str, str] = {}  # ids
+        self.by_address: dict[str, str] = {}  # ids; networks by their first address
+        self.removed: list[dict[str, str]] = []
         self.messages: list[dict[str, Any]] = []
-        self.host, self.room, self.worker, self.fails = "manager", 100_000, False, ()
+        self.host = "manager"
+        self.room = 100_000
+        self.force = True
+        self.fails: Mapping[str, int] = {}
+        self.worker = False
+        self.late = False
         self.manner: str | bytes = "well"
-        self.sound, self.stays = 0, False
+        self.sound = 0
+        self.stays = False
         for row in agents:
-            assert not self.add(dict(zip(FIELDS, row)))
+            assert not self.add(dict(zip(FIELDS, row, strict=True)))
+        self.write_keys()
         vars(self).update(settings)
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(self.path))
@@ -62,7 +79,7 @@ class Authd:
         self.thread.start()
 
     def close(self) -> None:
-        """End it; nobody listens then."""
+        """End it in order; nobody listens then, and all is written."""
         for connection in self.listener, self.peer:
             with contextlib.suppress(OSError):  # it has gone
                 if connection:
@@ -70,6 +87,7 @@ class Authd:
         self.thread.join()
         self.listener.close()
         self.path.unlink(missing_ok=True)
+        self.write_keys()
 
     def sent(self, function: str) -> list[str]:
         """Give the ids of the agents for which FUNCTION was called."""
@@ -77,41 +95,72 @@ class Authd:
 
     # ------------------------------------------------------------ what it does
 
-    def get(self, agent: dict[str, str]) -> int:
+    def write_keys(self) -> None:
+        """Write client.keys: a removed agent stays with a `!` in front of its name."""
+        rows = [{**agent, "name": "!" + agent["name"]} for agent in self.removed]
+        rows += self.agents.values()
+        self.keys.parent.mkdir(parents=True, exist_ok=True)
+        self.keys.write_text("".join(" ".join(row.values()) + "\n" for row in rows))
+
+    def get(self, agent: dict[str, Any]) -> int:
         """Give the error number for whether it has AGENT."""
         return 0 if agent["id"] in self.agents else 9011
 
-    def add(self, agent: dict[str, str]) -> int:
+    def add(self, agent: dict[str, Any]) -> int:
         """Enrol AGENT; give the error number, 0 for none."""
         ip = stored_ip(agent["ip"])
-        if agent["id"] in self.agents:
-            return 9012
         if ip is None:
             return 9006
-        if ip in self.addresses:
-            return 9007
-        if agent["name"] == self.host or agent["name"] in self.names:
+        if agent["name"] == self.host:
             return 9008
         if len(self.agents) >= self.room:
             return 9013
-        self.agents[agent["id"]] = {**agent, "ip": ip}
-        self.names.add(agent["name"])
-        self.addresses |= {ip} - {"any"}
+        force = agent["force"]["enabled"] if "force" in agent else self.force
+        new = {**{field: agent[field] for field in FIELDS}, "ip": ip}
+        for number, older in self.rivals(new, agent["ip"]):
+            if not force:
+                return number
+            self.removed.append(self.agents.pop(older))
+        self.agents[new["id"]] = new
+        self.by_name[new["name"]] = new["id"]
+        if ip != "any":
+            self.by_address[ip.partition("/")[0]] = new["id"]
+        if not self.late and self.keys.exists():
+            with self.keys.open("a") as file:
+                file.write(" ".join(new.values()) + "\n")
         return 0
+
+    def rivals(self, new: dict[str, str], sent_ip: str) -> list[tuple[int, str]]:
+        """Give the ids of the older agents that NEW is a duplicate of, each with the error number.
+
+        A network is never a duplicate. A single address is one of another's address, even if that
+        is the first of a network.
+        """
+        candidates = [(9012, new["id"]), (9008, self.by_name.get(new["name"], ""))]
+        if "/" not in sent_ip:
+            candidates.insert(1, (9007, self.by_address.get(new["ip"], "")))
+        found: list[tuple[int, str]] = []
+        for number, older in candidates:
+            if older in self.agents and older not in [other for _number, other in found]:
+                found.append((number, older))
+        return found
 
     def do(self, message: dict[str, Any]) -> dict[str, Any]:
         """Give the answer to MESSAGE."""
         self.messages.append(message)
-        agent = message["arguments"]
+        function, agent = message["function"], message["arguments"]
         if self.worker:
             number = 9015
-        elif message["function"] in self.fails:
-            number = 9001
+        elif function in self.fails:
+            number = self.fails[function]
         else:
-            number = {"get": self.get, "add": self.add}[message["function"]](agent)
+            number = {"get": self.get, "add": self.add}[function](agent)
         if number:
             return {"error": number, "message": ERRORS[number]}
-        return {"error": 0, "data": self.agents[agent["id"]]}
+        data = dict(self.agents[agent["id"]])
+        if function == "get":
+            data["ip"] = data["ip"].partition("/")[0]
+        return {"error": 0, "data": data}
 
     # ------------------------------------------------------------ how it says it
 
@@ -134,23 +183,37 @@ class Authd:
             message = json.loads(stream.read(struct.unpack("<I", length)[0]))
         manner = self.manner if self.sound <= 0 else "well"
         self.sound -= 1
-        if manner == "silent":
-            peer.recv(1)  # until the other side gives up
         if isinstance(manner, bytes):
             peer.sendall(manner)
             while self.stays and peer.recv(1):
                 pass  # until the other side closes
-        if manner in ("silent", "closed") or isinstance(manner, bytes):
-            return
-        content = json.dumps(self.do(message), separators=(",", ":")).encode()
-        frame = struct.pack("<I", len(content)) + content
-        if manner == "pieces":
-            for byte in frame:
-                peer.sendall(bytes([byte]))
-        elif manner == "cut":
-            peer.sendall(frame[:-5])
-        elif manner == "well":
-            peer.sendall(frame)
+        elif manner == "silent":
+            peer.recv(1)  # until the other side gives up
+        elif manner == "drip":
+            drip(peer)
+        elif manner != "closed":
+            content = json.dumps(self.do(message), separators=(",", ":")).encode()
+            send_frame(peer, struct.pack("<I", len(content)) + content, manner)
+
+
+def send_frame(peer: socket.socket, frame: bytes, manner: str) -> None:
+    """Send an answer whole, in pieces, cut, or not at all."""
+    if manner == "pieces":
+        for byte in frame:
+            peer.sendall(bytes([byte]))
+    elif manner == "cut":
+        peer.sendall(frame[:-5])
+    elif manner == "well":
+        peer.sendall(frame)
+
+
+def drip(peer: socket.socket) -> None:
+    """Begin an answer and send a blank now and then, until the other side gives up."""
+    peer.sendall(struct.pack("<I", 60_000) + b"{")
+    end = time.monotonic() + DRIP_SECONDS
+    while time.monotonic() < end:
+        peer.sendall(b" ")
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

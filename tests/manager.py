@@ -133,24 +133,40 @@ def ipv6_groups(address: str) -> list[str] | None:
     return [*groups[0], *["0"] * (8 - count), *groups[1]]
 
 
+def prefix_of_mask(mask: str) -> str:
+    """Give the prefix length of a dotted netmask; "" for a mask with holes, which is lost."""
+    bits = "".join(f"{int(number):08b}" for number in mask.split("."))
+    return "" if "01" in bits else str(bits.count("1"))
+
+
+def with_length(address: str, length: str, width: int) -> str:
+    """Join an address and a prefix length; without the length of a single address."""
+    return f"{address}/{length}" if length and int(length) != width else address
+
+
 def stored_ip(ip: str) -> str | None:
-    """Give what the manager's check (OS_IsValidIP) makes of an agent's IP; None: `Not valid IP`."""
+    """Give what the manager makes of an agent's IP and writes down; None: `Not valid IP`.
+
+    That is what its own check (OS_IsValidIP) does.
+    """
     if ip == "any":
         return ip
-    address, slash, length = ip.partition("/")
+    address, slash, length = ip.removeprefix("!").partition("/")
     quad = address[7:] if address[:7].lower() == "::ffff:" else address
     if is_quad(quad):
-        if not slash or is_quad(length):  # a dotted netmask is taken, and lost
-            return quad
-        return f"{quad}/{length}" if re.fullmatch("[12]?[0-9]|3[0-2]", length) else None
+        if slash and is_quad(length):
+            return with_length(quad, prefix_of_mask(length), 32)
+        if slash and not re.fullmatch("[12]?[0-9]|3[0-2]", length):
+            return None
+        return with_length(quad, length, 32)
     groups = ipv6_groups(address)
     if groups is None:
         return None
     if slash:
         if address == "::" or not re.fullmatch("[0-9]?[0-9]|1[01][0-9]|12[0-8]", length):
             return None
-    expanded = ":".join(group.upper().zfill(4) for group in groups)
-    return f"{expanded}/{int(length)}" if slash and int(length) else expanded  # /0 is lost
+        length = str(int(length)).removeprefix("0")  # /0 is lost
+    return with_length(":".join(group.upper().zfill(4) for group in groups), length, 128)
 
 
 def comes_back(ip: str) -> bool:
