@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import faulthandler
 import functools
 import glob
 import importlib.machinery
@@ -13,17 +14,18 @@ import re
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 from manager import Answer, check_answer, run
-from two_processes import pytest_runtestloop  # noqa: F401 - pytest finds it here
 
 ROOT = Path(__file__).resolve().parent.parent
 # A broken copy may be named, to see the tests fail; it keeps the script's name, in another folder.
@@ -41,11 +43,107 @@ INSERT = "INSERT INTO agent (id, name, ip, agent_key) VALUES (?, ?, ?, ?)"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks, and end in order at SIGTERM: nothing that a test has started stays behind."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - pytest runs with older ones, too
         raise pytest.UsageError("the tests need Python 3.11 or later (the script does not)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes seconds: many rows, a load, a whole build")
-    config.addinivalue_line("markers", "apart: shares nothing with the other tests of its file")
+    config.addinivalue_line("markers", "limit(seconds): the test may take longer than others")
+    global _stderr  # pytest's own: while a test runs, descriptor 2 is a file
+    _stderr = os.dup(2)
+
+
+# ---------------------------------------------------------------- an end for every test
+
+# Seconds for each of set-up, test and tear-down. `limit` and `slow` tests have more.
+TEST_SECONDS = float(os.environ.get("AGENT_KEY_TEST_SECONDS", "120"))
+SLOW_TEST_SECONDS = 10 * TEST_SECONDS
+AGAIN_SECONDS = 30.0  # after that long, a test that has swallowed its end gets another
+GRACE_SECONDS = 60.0  # after that long, the whole process ends
+_stderr = 2
+
+
+def _seconds_of(item: pytest.Item) -> float:
+    """Return how long each phase of a test may take."""
+    mark = item.get_closest_marker("limit")
+    if mark:
+        return float(mark.args[0])
+    if item.get_closest_marker("slow"):
+        return SLOW_TEST_SECONDS
+    return TEST_SECONDS
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    """Handle the alarm. It is one function, so that a test can see that the handler is the same."""
+    pytest.fail("this did not end in time; the traceback tells where it was")
+
+
+def _with_an_end(item: pytest.Item) -> Generator[None]:
+    """Fail a phase of a test that does not end; the traceback tells where it was.
+
+    The alarm reaches whatever Python code runs. A test that waits inside C code, or that uses the
+    alarm itself, is ended with the whole process.
+    """
+    seconds = _seconds_of(item)
+    before = signal.signal(signal.SIGALRM, _end)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
+    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=_stderr)
+    try:
+        yield
+    finally:
+        _stop_the_clock()
+        signal.signal(signal.SIGALRM, before)
+
+
+def _stop_the_clock() -> None:
+    """Let the test take as long as it wants."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    """Set an end for the fixtures."""
+    yield from _with_an_end(item)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Set an end for the test."""
+    yield from _with_an_end(item)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    """Set an end for the clean-up."""
+    yield from _with_an_end(item)
+
+
+def pytest_enter_pdb() -> None:
+    """Let a person look around."""
+    _stop_the_clock()
+
+
+# ---------------------------------------------------------------- what is reported
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell why tests were skipped: one line for each reason."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        reasons[str(reason).removeprefix("Skipped: ")] += 1
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+
+
+def octal(mode: int) -> str:
+    """Return the permissions in a file's MODE as people write them: `0640`."""
+    return f"{stat.S_IMODE(mode):04o}"
+
+
+def mode_of(path: str | Path) -> str:
+    """Return the permissions of a file in octal, so that a failed comparison can be read."""
+    return octal(os.stat(path).st_mode)
 
 
 # ---------------------------------------------------------------- the script as a module
@@ -68,7 +166,7 @@ def load_script(path: str | Path = SCRIPT) -> ModuleType:
     return module
 
 
-script = load_script()  # `from conftest import script`
+script: Any = load_script()  # `from conftest import script`; tests replace parts of it
 
 
 # ---------------------------------------------------------------- the interpreters

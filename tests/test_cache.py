@@ -1,17 +1,19 @@
-"""The header's loader: Python's own cache of the script, for speed, and never for a stranger."""
+"""The header's loader: a cache of the compiled script, for speed, and never from a stranger."""
 
 from __future__ import annotations
 
-import marshal
 import os
+import random
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import SCRIPT, Caller
 from manager import Answer, check_answer
+from running import Words
 
 SAYS = b"No agent key found"
 CACHED = b"Agent from a cache"  # as long, so that a changed cache is a sound one
@@ -32,8 +34,8 @@ class Installed:
 
     @property
     def cache(self) -> Path:
-        """The one file in `__pycache__`."""
-        [path] = self.caches.iterdir()
+        """The one file in `__pycache__` that a request needs: part one."""
+        [path] = [path for path in self.caches.iterdir() if SAYS in path.read_bytes()]
         return path
 
     def call(self, **how: object) -> Answer:
@@ -47,10 +49,20 @@ class Installed:
 
     def tamper(self) -> bytes:
         """Change a text in the cache, which stays sound, and give what it holds then."""
-        content = self.cache.read_bytes()
-        assert SAYS in content
-        self.cache.write_bytes(content.replace(SAYS, CACHED))
-        return self.cache.read_bytes()
+        return tamper(self.cache)
+
+
+def tamper(cache: Path) -> bytes:
+    """Change a text in a cache as who made it could, and give what it holds then."""
+    old = cache.read_bytes()
+    new = old.replace(SAYS, CACHED)
+    cache.write_bytes(sealed(new) if old == sealed(old) else new)
+    return cache.read_bytes()
+
+
+def sealed(content: bytes) -> bytes:
+    """Give the content of a cache the checksum with which a cache begins."""
+    return zlib.crc32(content[4:]).to_bytes(4, "big") + content[4:]
 
 
 @pytest.fixture
@@ -68,9 +80,10 @@ def test_made_at_the_first_call_and_used_at_the_second(installed: Installed) -> 
     made = installed.cache.stat()
     assert installed.says() == SAYS
     assert installed.cache.stat().st_ino == made.st_ino  # not written again
+    cache = installed.cache
     tampered = installed.tamper()
     assert installed.says() == CACHED
-    assert installed.cache.read_bytes() == tampered
+    assert cache.read_bytes() == tampered
     for style in "python", "isolated":  # which compile each time
         assert installed.says(style=style) == SAYS
 
@@ -128,7 +141,7 @@ def test_a_read_only_folder(installed: Installed) -> None:
 
 
 def test_eight_starts_at_once(installed: Installed) -> None:
-    command = [*installed.ask.command(script=installed.script), "--db", installed.source]
+    command: Words = [*installed.ask.command(script=installed.script), "--db", installed.source]
     processes = [
         subprocess.Popen(
             [*command, "id", "003"],
@@ -148,26 +161,117 @@ def test_eight_starts_at_once(installed: Installed) -> None:
 # ---------------------------------------------------------------- strangers
 
 
+STRANGER = 54321  # the id of a user, and of a group, that has nothing to do with the script
+
+
+def planted(installed: Installed) -> dict[str, Path]:
+    """Let there be a cache that a stranger could have made, and give the places that matter."""
+    installed.says()
+    cache = installed.cache
+    installed.tamper()
+    return {"folder": installed.folder, "__pycache__": installed.caches, "cache": cache}
+
+
 @pytest.mark.parametrize("place", ["folder", "__pycache__", "cache"])
 def test_where_others_may_write_it_is_neither_read_nor_written(
     installed: Installed, place: str
 ) -> None:
     """By everybody, or, with the sticky bit, by everybody who finds nothing there."""
-    installed.says()
-    tampered = installed.tamper()
-    path = {"folder": installed.folder, "__pycache__": installed.caches}.get(place, installed.cache)
+    places = planted(installed)
+    tampered = places["cache"].read_bytes()
+    path = places[place]
     mode = path.stat().st_mode
-    for more in (0o002,) if place == "cache" else (0o002, 0o1022):
+    for more in (0o002,) if place == "cache" else (0o002, 0o1002, 0o1022):
         path.chmod(mode | more)
-        assert installed.says() == SAYS
-        assert installed.cache.read_bytes() == tampered
+        assert installed.says() == SAYS, oct(mode | more)
+        if place != "cache":  # which may be replaced: nobody else can put one there
+            assert places["cache"].read_bytes() == tampered, oct(mode | more)
     if place != "cache":
-        installed.cache.unlink()
+        places["cache"].unlink()
         if place == "folder":
             installed.caches.rmdir()
         before = set(installed.folder.rglob("*"))
         assert installed.says() == SAYS
         assert set(installed.folder.rglob("*")) == before
+
+
+PLANTED: dict[str, tuple[str, int | None, int | None, int]] = {  # place, owner, group, mode
+    "a sticky folder of a group": ("folder", None, STRANGER, 0o1775),
+    "a folder of another user": ("folder", STRANGER, None, 0o755),
+    "another user's __pycache__": ("__pycache__", STRANGER, None, 0o755),
+    "a __pycache__ of a group": ("__pycache__", None, STRANGER, 0o775),
+    "a sticky __pycache__ of a group": ("__pycache__", None, STRANGER, 0o1775),
+    "another user's cache": ("cache", STRANGER, None, 0o644),
+    "a cache of a group": ("cache", None, STRANGER, 0o664),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+@pytest.mark.usefixtures("nobody")
+def test_a_planted_cache(installed: Installed, case: str) -> None:
+    """Root must not run what somebody else could put there."""
+    place, owner, group, mode = PLANTED[case]
+    path = planted(installed)[place]
+    assert installed.says() == CACHED
+    os.chown(path, -1 if owner is None else owner, -1 if group is None else group)
+    path.chmod(mode)
+    assert installed.says() == SAYS
+    assert installed.says() == SAYS
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_link_to_a_planted_cache(installed: Installed, tmp_path: Path) -> None:
+    """As `__pycache__`, or as the file in it."""
+    places = planted(installed)
+    theirs = tmp_path / "theirs"
+    shutil.copytree(installed.caches, theirs)
+    for path in (theirs, *theirs.iterdir()):
+        os.chown(path, STRANGER, -1)
+    places["cache"].unlink()
+    places["cache"].symlink_to(theirs / places["cache"].name)
+    assert installed.says() == SAYS
+    shutil.rmtree(installed.caches)
+    installed.caches.symlink_to(theirs)
+    assert installed.says() == SAYS
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_cache_of_the_scripts_owner(installed: Installed) -> None:
+    """He could as well change the script. His group may change it, too, in a folder of its own."""
+    places = planted(installed)
+    for path in (*places.values(), installed.script):
+        os.chown(path, STRANGER, -1)
+    assert installed.says() == SAYS  # the owner of the script has changed, and so has its stamp
+    installed.tamper()
+    assert installed.says() == CACHED
+    os.chown(installed.folder, 0, STRANGER)
+    installed.folder.chmod(0o775)
+    assert installed.says() == CACHED
+
+
+@pytest.mark.usefixtures("nobody")
+def test_random_owners_and_modes(ask: Caller, tmp_path: Path) -> None:
+    """The cache is run if, and only if, nobody but root and the script's owner can change it."""
+    installed = Installed(tmp_path / "installed", tmp_path / "client.keys", ask)
+    places = planted(installed)
+    tampered = places["cache"].read_bytes()
+    chance = random.Random(8)
+    seen = set()
+    for _ in range(30):
+        installed.caches.chmod(0o755)
+        places["cache"].unlink(missing_ok=True)
+        places["cache"].write_bytes(tampered)
+        trusted = True
+        for place, path in places.items():
+            owner = chance.choice([0, 0, 0, 0, 0, STRANGER])
+            mode = chance.choice([0o755, 0o755, 0o755, 0o700, 0o775, 0o1775, 0o777, 0o1755])
+            os.chown(path, owner, -1)
+            path.chmod(mode)
+            trusted &= owner == 0 and not mode & 0o002
+            trusted &= not mode & 0o020 or (place == "folder" and not mode & 0o1000)
+        assert installed.says() == (CACHED if trusted else SAYS)
+        seen.add(trusted)
+    assert seen == {True, False}
 
 
 def test_a_name_without_a_folder(installed: Installed) -> None:
@@ -193,7 +297,7 @@ def test_a_link_in_a_folder_of_others(installed: Installed, tmp_path: Path) -> N
     link.symlink_to(installed.script)
     assert installed.says(script=link) == SAYS
     [cache] = (folder / "__pycache__").iterdir()
-    cache.write_bytes(cache.read_bytes().replace(SAYS, CACHED))
+    tamper(cache)
     assert installed.says(script=link) == CACHED
     folder.chmod(0o1777)
     assert installed.says(script=link) == SAYS
@@ -203,7 +307,7 @@ def test_a_link_in_a_folder_of_others(installed: Installed, tmp_path: Path) -> N
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o077], ids=oct)
 def test_what_is_written_is_never_writable_by_others(installed: Installed, umask: int) -> None:
     installed.script.chmod(0o777)  # whose mode Python gives to the cache
-    command = [*installed.ask.command(script=installed.script), "--db", installed.source]
+    command: Words = [*installed.ask.command(script=installed.script), "--db", installed.source]
     environment = {"PATH": installed.ask.path}
     subprocess.run([*command, "id", "001"], umask=umask, env=environment, check=True)
     for path in installed.caches, installed.cache:
@@ -212,23 +316,43 @@ def test_what_is_written_is_never_writable_by_others(installed: Installed, umask
 
 # ---------------------------------------------------------------- damage
 
-DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {  # of a file with so long a header
-    "empty": lambda old, header: b"",
-    "a header alone": lambda old, header: old[:header],
-    "cut": lambda old, header: old[: len(old) // 2],
-    "zeros": lambda old, header: bytes(len(old)),
-    "no program": lambda old, header: old[:header] + marshal.dumps("text", 2),
-    "a damaged program": lambda old, header: old[:header] + old[header + 4 :],
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda old: b"",
+    "a checksum alone": lambda old: old[:4],
+    "a checksum of nothing": lambda old: sealed(bytes(4)),
+    "the first bytes": lambda old: old[:100],
+    "cut": lambda old: old[: len(old) // 2],
+    "a byte too few": lambda old: old[:-1],
+    "a byte too many": lambda old: old + b"x",
+    "zeros": lambda old: bytes(len(old)),
+    "another text": lambda old: old.replace(SAYS, CACHED),
+    "the script itself": lambda old: SCRIPT.read_bytes(),
 }
 
 
 def test_a_damaged_cache(installed: Installed) -> None:
-    header = 12 if installed.ask.python.version.startswith("3.6.") else 16
+    """It is made anew. It must not break every start from then on."""
     installed.says()
-    sound = installed.cache.read_bytes()
+    cache = installed.cache
+    sound = cache.read_bytes()
     for name, damage in DAMAGES.items():
-        installed.cache.write_bytes(damage(sound, header))
+        cache.write_bytes(damage(sound))
         assert installed.says() == SAYS, name
+        assert cache.read_bytes() == sound, name
+
+
+def test_a_cache_with_a_flipped_bit(installed: Installed) -> None:
+    installed.says()
+    cache = installed.cache
+    sound = cache.read_bytes()
+    chance = random.Random(9)
+    for _ in range(20):
+        content = bytearray(sound)
+        place = chance.choice([chance.randrange(200), chance.randrange(len(sound))])
+        content[place] ^= 1 << chance.randrange(8)
+        cache.write_bytes(content)
+        assert installed.says() == SAYS, place
+        assert cache.read_bytes() == sound, place
 
 
 def test_something_else_where_the_cache_should_be(installed: Installed) -> None:
@@ -246,8 +370,8 @@ def test_something_else_where_the_cache_should_be(installed: Installed) -> None:
 
 def test_a_disk_that_is_full_for_a_while(installed: Installed) -> None:
     """Some versions of Python leave a cut cache behind then: it must not stay for good."""
-    command = [*installed.ask.command(script=installed.script), "--db", installed.source]
-    limited = ["sh", "-c", 'ulimit -f 16 && exec "$0" "$@"', *command, "id", "003"]
+    command: Words = [*installed.ask.command(script=installed.script), "--db", installed.source]
+    limited: Words = ["sh", "-c", 'ulimit -f 16 && exec "$0" "$@"', *command, "id", "003"]
     environment = {"PATH": installed.ask.path}
     done = subprocess.run(limited, capture_output=True, env=environment, check=False)
     assert check_answer(Answer(done.stdout, done.returncode)).message.encode() == SAYS

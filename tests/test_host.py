@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import pty
 import re
 import select
 import shutil
@@ -14,17 +13,18 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import KEY, SAMPLE, SCRIPT, Caller, Python, Record, Stores, interpreters, script
 from manager import MANAGER_TIMEOUT, Answer, check_answer, run
+from running import NOISE, SOON, Words, start
+from terminal import Terminal
 
 DATA = Record()._asdict()
 STYLES = ["exec", "python", "isolated"]
-NOISE = 30.0  # seconds that a very busy machine may add
 COMMANDS = [
     ["--check"],
     ["--serve", "--socket", "s"],
@@ -33,16 +33,6 @@ COMMANDS = [
     [f"--import={SAMPLE}"],
 ]
 OTHER_PYTHONS = ["/usr/libexec/platform-python", "/var/ossec/framework/python/bin/python3"]
-
-Done = subprocess.CompletedProcess[bytes]
-
-
-def start(ask: Caller, *words: str | bytes | Path, **how: Any) -> Done:
-    """Run the script as a person would, with standard output and error apart."""
-    how = {"capture_output": True, "stdin": subprocess.DEVNULL, "cwd": ask.folder, **how}
-    command = how.pop("command", None) or ask.command()
-    environment = {"PATH": ask.path, **how.pop("env", {})}
-    return subprocess.run([*command, *words], env=environment, check=False, **how)
 
 
 def stand_in(ask: Caller, name: str, text: str) -> None:
@@ -60,7 +50,7 @@ def unhurried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.P
     path = Stores(folder).sqlite()
     holder = sqlite3.connect(str(path), isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    command = [interpreters()[0].path, "-IS", SCRIPT, "--db", path, "id", "001"]
+    command = [interpreters()[0].path, "-IS", str(SCRIPT), "--db", str(path), "id", "001"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         yield process
         process.kill()
@@ -83,7 +73,7 @@ def test_the_header_runs_the_script_itself_where_it_serves(ask: Caller) -> None:
         assert done.stdout.decode().split("\0")[:-1] == ["-IS", str(SCRIPT), *words]
     for words in [], ["id", "001"], ["id", "", "a  b", "new\nline", "*", "$HOME", "--server"]:
         done = start(ask, *words)
-        isolated, option, _loader, *rest = done.stdout.decode().split("\0")[:-1]
+        isolated, option, _loader, _make_cache, *rest = done.stdout.decode().split("\0")[:-1]
         assert [isolated, option, *rest] == ["-IS", "-c", str(SCRIPT), *words]
 
 
@@ -103,6 +93,34 @@ def test_no_environment_at_all(ask: Caller, stores: Stores) -> None:
 
 
 # ---------------------------------------------------------------- no Python, or half of one
+
+
+HIDDEN = """
+mount --bind "$0/libexec" /usr/libexec && mount --bind "$0/var" /var && exec "$@"
+"""  # a /usr/libexec and a /var of the command's own
+
+
+@pytest.mark.parametrize("place", OTHER_PYTHONS)
+def test_a_python_in_another_place(ask: Caller, open_folder: Path, place: str) -> None:
+    """RHEL's own, and the manager's: with no python3 in PATH, they run the script."""
+    if not namespace() or not Path("/usr/libexec").is_dir() or not SCRIPT.is_absolute():
+        pytest.skip("no right to mount here")
+    if str(open_folder).startswith("/var") or str(SCRIPT).startswith("/var"):
+        pytest.skip("the test hides /var")
+    (open_folder / "libexec").mkdir()
+    (open_folder / "var").mkdir()
+    _root, top, rest = place.removeprefix("/usr").split("/", 2)
+    python = open_folder / top / rest
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f'#!/bin/sh\nexec {ask.python.path} "$@"\n')
+    python.chmod(0o755)
+    source = Stores(open_folder).keys()
+    (ask.bin / "python3").unlink()
+    for name in ("mount", "sh"):
+        (ask.bin / name).symlink_to(str(shutil.which(name, path=os.defpath)))
+    words: Words = [str(shutil.which("unshare", path=os.defpath)), *(namespace() or ())[1:]]
+    words += [HIDDEN, open_folder, SCRIPT, "--db", source, "id", "001"]
+    assert check_answer(run(words, env={"PATH": str(ask.bin)})).data == DATA
 
 
 @pytest.fixture
@@ -139,8 +157,9 @@ def test_no_python_is_told_to_syslog(no_python: Caller) -> None:
     assert "agent_key_request" in text and "authpriv.err" in text and "no python3" in text
 
 
-MINIMAL = """\
-block="import sys; sys.modules['_sqlite3'] = None
+WITHOUT = """\
+block="import sys
+for name in '{modules}'.split(): sys.modules[name] = None
 "
 if [ "$2" = -c ]; then
     code=$3; shift 3
@@ -150,25 +169,43 @@ else
 fi
 exec {python} -IS -c "$block$code" "$@"
 """
+# What the script could want of the modules that Debian's python3-minimal (3.11 and 3.13) lacks.
+MINIMAL = "_sqlite3 sqlite3 json _json mmap shlex difflib socketserver syslog"
 
 
-def test_a_python_without_sqlite3(ask_each: Caller, stores: Stores) -> None:
+def without(ask: Caller, modules: str) -> None:
+    """Let the caller's python3 be one that lacks these MODULES."""
+    stand_in(ask, "python3", WITHOUT.format(python=ask.python.path, modules=modules))
+
+
+@pytest.mark.parametrize("modules", ["_sqlite3", MINIMAL])
+def test_a_python_without_sqlite3(ask_each: Caller, stores: Stores, modules: str) -> None:
     """As that of Debian's python3-minimal: it answers from text, and says what it lacks."""
-    stand_in(ask_each, "python3", MINIMAL.format(python=ask_each.python.path))
+    without(ask_each, modules)
     assert ask_each("id", "001", db=stores.keys()).data == DATA
     assert ask_each("--timeout", "5", "id", "001", db=stores.csv()).data == DATA
     for source in stores.sqlite(), SAMPLE, "mysql://user@host/database":
         done = start(ask_each, "--db", source, "id", "001")
         answer = check_answer(Answer(done.stdout, done.returncode))
         assert answer.error == 2 and not done.stderr
-        for word in ask_each.python.path, "_sqlite3", "install", "python3":
+        for word in ask_each.python.path, "install", "python3":
             assert word in answer.message
     for words in COMMANDS:
         done = start(ask_each, *words)
         assert (done.returncode, done.stdout) == (1, b""), words
-        assert b"_sqlite3" in done.stderr and b"install" in done.stderr
+        assert b"install" in done.stderr and b"python3" in done.stderr
         assert done.stderr.count(b"\n") == 1
     assert list(ask_each.folder.iterdir()) == []
+
+
+def test_help_and_version_with_half_a_python(ask_each: Caller) -> None:
+    """A person who installs the program there needs them most."""
+    whole = {asked: start(ask_each, asked).stdout for asked in ("--help", "-h", "--version", "-V")}
+    without(ask_each, MINIMAL)
+    for asked, shown in whole.items():
+        done = start(ask_each, asked)
+        assert (done.stdout, done.stderr, done.returncode) == (shown, b"", 0), asked
+        assert len(shown) > 20
 
 
 # ---------------------------------------------------------------- locales
@@ -194,13 +231,13 @@ def test_every_locale(ask_each: Caller, stores: Stores, environment: dict[str, s
 # ---------------------------------------------------------------- nothing planted is imported
 
 
-def plant(folder: Path, marker: Path, spared: set[str] = frozenset()) -> None:
+def plant(folder: Path, marker: Path, spared: Iterable[str] = ()) -> None:
     """Put modules of every name that Python knows into FOLDER: they leave MARKER behind."""
     folder.mkdir(parents=True, exist_ok=True)
     one = folder / "pymysql.py"
     one.write_text(f"open({str(marker)!r}, 'a').write(__name__ + ' ')\n")
     names = {*sys.stdlib_module_names, "sitecustomize", "usercustomize", "psycopg"}
-    for name in names - spared - {"__main__"}:
+    for name in names.difference(spared, {"__main__"}):
         os.link(one, folder / f"{name}.py")
 
 
@@ -219,7 +256,7 @@ def test_nothing_beside_the_script_is_imported(
     sources = [stores.sqlite(), stores.csv(), stores.sql()]
     folder = stores.folder / "installed"
     plant(folder, marker)
-    how = {"script": shutil.copy(SCRIPT, folder), "cwd": folder}
+    how: dict[str, Any] = {"script": shutil.copy(SCRIPT, folder), "cwd": folder}
     for style in "exec", "python":
         for source in sources:
             assert ask_each("id", "001", db=source, style=style, **how).data == DATA
@@ -372,8 +409,8 @@ def test_a_read_only_file_system(ask: Caller, open_folder: Path, kind: str) -> N
         writer.execute("PRAGMA journal_mode = WAL")
         writer.close()
     asking = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" "$0" && cd "$0" && exec "$@"'
-    words = ["./" + SCRIPT.name, "--db", path, "id", "001"]
-    answer = run([*namespace(), asking, open_folder, *words], env={"PATH": ask.path})
+    words: Words = ["./" + SCRIPT.name, "--db", path, "id", "001"]
+    answer = run([*(namespace() or ()), asking, open_folder, *words], env={"PATH": ask.path})
     assert check_answer(answer).data == DATA
     assert not (open_folder / "__pycache__").exists()
 
@@ -395,7 +432,7 @@ def test_sigterm_that_arrives_blocked_ends_it(
     path = stores.sqlite()
     locked(path)
     for source, style in ((path, "exec"), (endless(stores), "exec"), (path, "python")):
-        words = ["--db", source, "--timeout", "60", "id", "001"]
+        words: Words = ["--db", source, "--timeout", "60", "id", "001"]
         answer = ask_each.call(*words, style=style, timeout=0.3)
         assert answer.timed_out and not answer.held and answer.output == b"", source
 
@@ -463,6 +500,56 @@ def test_the_umask_is_given_back_and_closed_descriptors_lead_nowhere(
         process.communicate()
 
 
+def blocking(*numbers: signal.Signals) -> list[str]:
+    """Give the words that start a command with signals blocked that the manager does not block."""
+    code = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {numbers});"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-IS", "-c", code.replace("{numbers}", repr([*map(int, numbers)]))]
+
+
+def test_an_alarm_that_arrives_blocked(ask_each: Caller, stores: Stores) -> None:
+    """The deadline holds while a long text is read, in which only the alarm looks at the clock."""
+    path = stores.text("id,name,ip,key\n" + "7,n,any,k\n" * 3_000_000, "agents.csv")
+    words = [*ask_each.command("isolated"), "--db", str(path), "--timeout", "0.3", "id", "001"]
+    for before in [], blocking(signal.SIGALRM):
+        answer = check_answer(run([*before, *words], env={"PATH": ask_each.path}))
+        assert answer.error == 2 and "no answer in time" in answer.message
+        assert answer.seconds < SOON
+
+
+BROKEN = """\
+code=$3; shift 3
+exec {python} -IS -c "import _signal
+{change}
+$code" "$@"
+"""
+REFUSE = """
+def refuse(*_): raise OSError(11, 'Resource temporarily unavailable')
+_signal.setitimer = refuse"""
+REFUSE_LATER = """
+set_it = _signal.setitimer
+def refuse(*what):
+    if counted: raise OSError(11, 'Resource temporarily unavailable')
+    if what[1:] == (0,): counted.append(1)
+    return set_it(*what)
+counted = []
+_signal.setitimer = refuse"""
+
+
+@pytest.mark.parametrize("change", [REFUSE, REFUSE_LATER])
+def test_an_alarm_that_cannot_be_set(ask_each: Caller, stores: Stores, change: str) -> None:
+    """Before the request or after it: there is an answer, and the status is 0."""
+    stand_in(ask_each, "python3", BROKEN.format(python=ask_each.python.path, change=change))
+    for words in (["id", "001"], ["id", "x"], ["id", "009"], []):
+        done = start(ask_each, "--db", stores.keys(), *words)
+        answer = check_answer(Answer(done.stdout, done.returncode))
+        assert answer.error in (0, 1, 2, 3, 4) and not done.stderr
+        if change == REFUSE_LATER and words == ["id", "001"]:
+            assert answer.data == DATA
+
+
 # ---------------------------------------------------------------- outputs that take nothing
 
 
@@ -473,11 +560,12 @@ def test_closed_descriptors(ask: Caller, stores: Stores, closed: str) -> None:
     before = path.read_bytes()
     faulty = stores.text("id,name,ip,key\n001,n e w,any,k\n", "faulty.csv")
     store = stores.folder / "store.db"
-    for words in (
+    commands: list[Words] = [
         ["--db", path, "id", "001"],
         ["--db", store, "--import", path, "-v"],
         ["--db", store, "--import", faulty, "-v"],
-    ):
+    ]
+    for words in commands:
         done = start(ask, *words, command=["sh", "-c", f'exec "$0" "$@" {closed}', SCRIPT])
         assert b"Traceback" not in done.stdout + done.stderr
         if words[-1] == "001" and closed == "2>&-":
@@ -576,7 +664,7 @@ def test_syslog_hears_what_the_manager_does_not_say(
     path = stores.sqlite(rows)
     busy = stores.sqlite(name="busy.db")
     locked(busy)
-    for severity, words in (
+    cases: list[tuple[int | None, Words]] = [
         (INFO, ["--db", path, "id", "001"]),
         (ERR, ["--db", path, "id", "002"]),
         (ERR, ["--db", path, "id", "003"]),
@@ -590,14 +678,18 @@ def test_syslog_hears_what_the_manager_does_not_say(
         (None, ["--db", path, "id"]),
         (None, ["--db", path, "foo"]),
         (None, []),
-    ):
+    ]
+    for severity, words in cases:
         answer, heard = syslog(*words)
         if severity is None:
             assert answer.error in (1, 3, 4) and heard == []
             continue
         [(facility, level, text)] = heard
         assert (facility, level) == (AUTHPRIV, severity), text
-        assert re.search(r"agent_key_request\[\d+\]: ", text) and " ".join(words[-2:]) in text
+        assert (
+            re.search(r"agent_key_request\[\d+\]: ", text)
+            and " ".join(map(str, words[-2:])) in text
+        )
         assert answer.message in text and (answer.error == 0) == (severity == INFO)
 
 
@@ -610,7 +702,7 @@ def test_a_syslog_that_does_not_read_holds_nothing_up(syslog: Syslog, stores: St
                 flood.send(b"<86>full")
         except BlockingIOError:
             pass
-    words = ["--db", stores.sqlite(), "id", "001"]
+    words: Words = ["--db", stores.sqlite(), "id", "001"]
     answer = check_answer(run(syslog.command(*words), env={"PATH": syslog.ask.path}, timeout=NOISE))
     assert answer.data == DATA
 
@@ -622,13 +714,20 @@ def test_a_mistake_in_exec_path_goes_to_syslog(syslog: Syslog) -> None:
     [(facility, level, text)] = syslog.heard()
     assert (facility, level) == (AUTHPRIV, ERR)
     assert "--tiemout" in text and "--timeout" in text
-    master, terminal = pty.openpty()
-    how = {"stderr": terminal, "stdout": subprocess.PIPE, "capture_output": False}
-    done = start(syslog.ask, command=syslog.command("--tiemout=5", "id", "001"), **how)
-    assert done.returncode == 2 and b"--timeout" in os.read(master, 65536)
+    with Terminal() as terminal:
+        how = {"stderr": terminal.end, "stdout": subprocess.PIPE, "capture_output": False}
+        done = start(syslog.ask, command=syslog.command("--tiemout=5", "id", "001"), **how)
+        assert done.returncode == 2 and "--timeout" in terminal.shown()
     assert syslog.heard() == []
-    os.close(master)
-    os.close(terminal)
+
+
+def test_a_python_without_syslog(ask_each: Caller, stores: Stores) -> None:
+    """The answer is out by then, and the manager throws it away if the status is not 0."""
+    without(ask_each, "syslog")
+    source = stores.text("001 my_agent 192.168.1.100 " + KEY + "\n002 a..! any k\n", "client.keys")
+    assert ask_each("id", "001", db=source).data == DATA
+    assert ask_each("id", "002", db=source).error == 6
+    assert ask_each("id", "001", db="/no/such").error == 2
 
 
 # ---------------------------------------------------------------- the own deadline
@@ -636,6 +735,6 @@ def test_a_mistake_in_exec_path_goes_to_syslog(syslog: Syslog) -> None:
 
 def test_the_own_deadline(unhurried: subprocess.Popen[bytes]) -> None:
     """Without --timeout: error 2 long before the manager's patience ends, which would kill it."""
-    assert 0 < script.SECONDS <= MANAGER_TIMEOUT / 4
-    output, _nothing = unhurried.communicate(timeout=script.SECONDS + NOISE)
+    assert 0 < script.REQUEST_SECONDS <= MANAGER_TIMEOUT / 4
+    output, _nothing = unhurried.communicate(timeout=script.REQUEST_SECONDS + NOISE)
     assert check_answer(Answer(output, unhurried.returncode)).error == 2
