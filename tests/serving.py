@@ -15,12 +15,13 @@ import socket
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import pytest
-from conftest import SCRIPT, Python, Record, interpreters
+from conftest import SCRIPT, Python, Record, interpreters, script
 from manager import ask_socket, read_json
 
 MANAGER_THREADS = 32  # the most that <threads> allows
@@ -186,10 +187,68 @@ def serving(
 
 def refused(db: Path, path: Path, *options: str) -> tuple[int, str]:
     """Start a server that cannot start: its status, and the one line that it says."""
-    with started(serve_command(db, path, *options), path) as server:
-        status = server.process.wait(LIMIT)
+    given = None if "--socket" in options else path
+    with started(serve_command(db, given, *options), path) as server:
+        status = server.process.wait(20)
         (line,) = server.lines
         return status, line
+
+
+def assert_asleep(server: Server) -> None:
+    """Nobody asks: all its processes sleep, whenever one looks."""
+    states = []
+    for _ in range(20):
+        states += [ids_of(process)[0] for process in (server.process.pid, *server.workers)]
+        time.sleep(0.005)
+    assert states.count("S") > 0.8 * len(states), states
+
+
+@contextlib.contextmanager
+def frozen(processes: list[int]) -> Iterator[None]:
+    """Stop processes for as long as the block lasts."""
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    yield
+    for process in filter(alive, processes):
+        os.kill(process, signal.SIGCONT)
+
+
+# ---------------------------------------------------------------- the server's parts
+
+
+def options(db: str | Path, **given: Any) -> Any:
+    """Give what the command line hands to `--serve`, with its defaults where nothing is GIVEN."""
+    defaults = {"db": str(db), "workers": 8, "verbose": False}
+    defaults.update(as_json=False, skip_invalid=False)
+    return script.Options(*[{**defaults, **given}.get(name) for name in script.Options._fields])
+
+
+def worker(db: str | Path, memory: Any = None) -> Any:
+    """Give a worker over the source DB that has no socket: for single conversations."""
+    log = types.SimpleNamespace(verbose=False, info=lambda _: None, error=lambda _: None)
+    return script.Worker(None, str(db), LIMIT, memory, log)
+
+
+def converse(worker: Any, request: bytes) -> bytes:
+    """Send a REQUEST to a worker of this process, and give the bytes of one recv."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.send(request)
+        script.Conversation(theirs, worker).handle()
+        return ours.recv(65536)
+
+
+def patched(patch: str, command: Sequence[str]) -> list[str]:
+    """Give the COMMAND of a server whose module `script` the code PATCH has changed before."""
+    python, _, file, *words = command
+    code = f"""
+import importlib.machinery, sys
+script = importlib.machinery.SourceFileLoader("script", sys.argv[1]).load_module()
+{patch}
+script.prepare_process()
+script.os._exit(script.main(sys.argv[2:]))
+"""
+    return [python, "-ISBWignore", "-c", code, file, *words]
 
 
 # ---------------------------------------------------------------- clients
@@ -216,7 +275,7 @@ def connections(path: Path, requests: Iterable[str]) -> Iterator[list[socket.soc
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(requests) + 200, hard))
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(connect(path)) for _ in requests]
-        for connection, request in zip(opened, requests):
+        for connection, request in zip(opened, requests, strict=True):
             connection.send(request.encode())
         yield opened
 
@@ -225,6 +284,20 @@ def fault_of(request: str, answer: bytes) -> str:
     """Tell what is wrong with the answer to `id:NUMBER` of a stored agent; `` for nothing."""
     data = (read_json(answer) or {}).get("data") or {}
     return "" if data.get("id") == request[3:] and data.get("key") else f"{request}: {answer!r}"
+
+
+def answer_of(connection: socket.socket) -> bytes:
+    """What comes back; nothing if it is closed without an answer."""
+    try:
+        return connection.recv(65536)
+    except ConnectionResetError:
+        return b""
+
+
+def faults_of(asking: list[socket.socket], requests: Sequence[str]) -> list[str]:
+    """What is wrong with the answers to the REQUESTS that these clients have sent."""
+    answers = map(answer_of, asking)
+    return [fault for fault in map(fault_of, requests, answers) if fault]
 
 
 class Load:

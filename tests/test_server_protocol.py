@@ -15,14 +15,24 @@ import struct
 import termios
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Caller, Record, Stores, script
 from manager import check_line
-from serving import LIMIT, Load, Server, connect, connections, key, records, serving, until
+from serving import (
+    LIMIT,
+    Load,
+    Server,
+    connect,
+    connections,
+    key,
+    records,
+    serving,
+    until,
+    worker,
+)  # fmt: skip
 
 AGENTS = 200
 STORED = [f"id:{number:03d}" for number in range(1, AGENTS + 1)]
@@ -73,7 +83,7 @@ def alone(store: Path, tmp_path: Path) -> Iterator[Server]:
 def one_shot(store: Path, request: bytes) -> bytes:
     """What the executable method prints for the words of a request."""
     words = request.decode("latin-1").split(":", 1)
-    line: bytes = script.answer(words, lambda: script.open_source(str(store), 60)).line()
+    line: bytes = script.answer(words, lambda: script.open_source(str(store), 60), "").line()
     return line
 
 
@@ -140,6 +150,91 @@ def test_asking_where_nobody_answers(tmp_path: Path) -> None:
             assert (reply["error"], problem in reply["message"]) == (2, True)
         late = script.ask_server(str(tmp_path / "rude"), ["id", "001"], 0.1)  # it takes nobody
         assert b'"error": 2' in late and b"timed out" in late
+
+
+def test_asking_a_server_whose_queue_is_full(tmp_path: Path) -> None:
+    """The manager's connect waits for a place in it: so does a request, as long as it may."""
+    path = tmp_path / "busy"
+    with socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(str(path))
+        busy.listen(0)
+        with connect(path):  # it fills the queue
+            started = time.monotonic()
+            late = script.ask_server(str(path), ["id", "001"], 0.3)
+            assert 0.2 < time.monotonic() - started < LIMIT
+            assert b'"error": 2' in late and b"timed out" in late
+            answers: list[bytes] = []
+            asking = threading.Thread(
+                target=lambda: answers.append(script.ask_server(str(path), ["id", "001"], LIMIT))
+            )
+            asking.start()
+            time.sleep(0.2)
+            assert asking.is_alive()
+            busy.accept()[0].close()
+            connection, _ = busy.accept()
+            with connection:
+                assert connection.recv(99) == b"id:001"
+                connection.send(b'{"error": 4}\n')
+            asking.join()
+            assert answers == [b'{"error": 4}\n']
+
+
+def test_the_time_for_asking_is_for_all_of_it(tmp_path: Path) -> None:
+    """What the connection took is missing for the answer."""
+    path = tmp_path / "busy"
+    with socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(str(path))
+        busy.listen(0)
+        with connect(path):
+            accepting = threading.Timer(0.5, lambda: busy.accept()[0].close())
+            accepting.start()
+            started = time.monotonic()
+            late = script.ask_server(str(path), ["id", "001"], 1)
+            assert 0.9 < time.monotonic() - started < 1.4
+            assert b"timed out" in late
+            accepting.join()
+
+
+FOREIGN = {  # what another program may send, and what is printed of it: nothing, or one object
+    "a terminal's commands": (b'\x1b[2J{"error": 4}\n', None),
+    "half an object": (b'{"error": 4, "mess', None),
+    "two objects": (b'{"error": 4}\n{"error": 4}\n', None),
+    "two on a line": (b'{"error": 4} {"error": 4}\n', None),
+    "two lines": (b'{"error": 4,\n"message": ""}\n', None),
+    "a list": (b'[{"error": 4}]\n', None),
+    "a number": (b"4\n", None),
+    "no ASCII": ('{"message": "ä"}\n'.encode(), None),
+    "a NUL": (b'{"error": 4}\0', None),
+    "deep": (20_000 * b'{"":', None),
+    "no newline": (b'{"error": 4, "message": "m"}', b'{"error": 4, "message": "m"}\n'),
+    "one": (b'{"error": 4, "message": "m"}\n', b'{"error": 4, "message": "m"}\n'),
+}
+
+
+@pytest.mark.parametrize(("sent", "printed"), FOREIGN.values(), ids=FOREIGN)
+def test_asking_another_program(
+    tmp_path: Path, ask: Caller, sent: bytes, printed: bytes | None
+) -> None:
+    """Whatever listens there: one JSON object of printable ASCII, or error 2."""
+
+    def serve_once() -> None:
+        connection, _ = other.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(sent)
+
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "other"))
+        other.listen()
+        thread = threading.Thread(target=serve_once)
+        thread.start()
+        output = ask.call("--socket", tmp_path / "other", "id", "001").output
+        thread.join()
+    if printed is None:
+        assert check_line(output)["error"] == 2
+        assert "one JSON object" in check_line(output)["message"]
+    else:
+        assert output == printed
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\0"])
@@ -223,13 +318,12 @@ class Counting(socket.socket):
 def test_at_once_and_in_one_piece(store: Path, request_bytes: bytes) -> None:
     """The manager calls recv once: what comes in a second piece is lost."""
     ours, theirs = socket.socketpair()
-    source = script.open_source(str(store), 60)
-    served = types.SimpleNamespace(find_source=lambda: source, name=str(store), patience=LIMIT)
-    served.log = types.SimpleNamespace(verbose=False, write=lambda *_: None)
+    patient = worker(store)
+    patient.patience = LIMIT
     with ours, Counting(fileno=theirs.detach()) as counting:
         ours.send(request_bytes)
         started = time.monotonic()
-        script.Conversation(counting, "", served)
+        script.Conversation(counting, patient).handle()
         assert time.monotonic() - started < LIMIT / 2  # it waits for nothing that does not come
         assert counting.sent == 1
         check_line(ours.recv(65536))
@@ -302,8 +396,10 @@ def test_a_locked_store_is_error_2_in_time(
     with serving(store, tmp_path / "t", "--timeout", "0.5", "--workers", "2") as server:
         assert server.error("id:001") == 0
         locked(store)
+        started = time.monotonic()
         with connections(server.path, STORED[:4]) as waiting:
             assert {check_line(each.recv(65536))["error"] for each in waiting} == {2}
+        assert 0.4 < time.monotonic() - started < 5
         server.wait_line("locked")
 
 
