@@ -1,8 +1,9 @@
-"""Throw-away MariaDB and PostgreSQL servers for the tests, from the packages of the distribution.
+"""Throw-away MariaDB, MySQL and PostgreSQL servers for the tests.
 
-Each lives in a folder of its own, below a watchdog: this file, run as a program. When the
-tests end, however they end (SIGKILL, too), the watchdog's standard input ends, and it ends every
-process of the server and removes the folder.
+MariaDB and PostgreSQL are the distribution's packages. Oracle's MySQL is what `.ci/mysql` fetches.
+Each server lives in a folder of its own, below a watchdog, which is a process that runs `watch`.
+When the tests end, however they end (SIGKILL, too), the watchdog's standard input ends. The
+watchdog then ends every process of the server and removes the folder.
 """
 
 from __future__ import annotations
@@ -117,8 +118,14 @@ def watchdog(
 # ------------------------------------------------------------------------------------- the servers
 
 
+FETCHED_MYSQL = Path(__file__).resolve().parent.parent / ".mysql"
+
+
 def find_program(name: str) -> str:
     """Where a program is, also where Debian has PostgreSQL's; "" if it is not there."""
+    if name == "mysqld":  # the distribution's program of this name is MariaDB
+        path = FETCHED_MYSQL / "usr/sbin/mysqld"
+        return str(path) if path.exists() else ""
     folders = [os.defpath, "/usr/sbin:/sbin:/usr/local/sbin", os.environ.get("PATH", "")]
     folders += sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
     return shutil.which(name, path=":".join(folders)) or ""
@@ -147,9 +154,9 @@ def write_private(path: str | Path, text: str) -> str:
 
 
 class Server:
-    """What both kinds have in common: a folder, a process, and a table of agents."""
+    """What all kinds have in common: a folder, a process, and a table of agents."""
 
-    scheme = user = secrets_parameter = secrets_form = ""
+    kind = scheme = user = secrets_parameter = secrets_form = ""
     programs: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -160,6 +167,7 @@ class Server:
         self.kept: subprocess.Popen[bytes] | None = None  # a client: its start is what takes time
         # Not pytest's folder: that is private, and its name too long for a unix socket.
         self.folder = tempfile.mkdtemp(prefix="akr-", dir=memory_folder())
+        atexit.register(self.end)
         self.data, self.port = self.folder + "/data", free_port()
         self.secrets = write_private(self.folder + "/secrets", self.secrets_form % PASSWORD)
         self.identity: dict[str, Any] = {}
@@ -170,7 +178,6 @@ class Server:
             os.chown(self.folder, entry.pw_uid, entry.pw_gid)
         os.chmod(self.folder, 0o755)
         self.has_tls = bool(find_program("openssl")) and self.make_certificates()
-        atexit.register(self.end)
         self.start(*self.install())
 
     def make_certificates(self) -> bool:
@@ -291,6 +298,8 @@ class Server:
         if self.watchdog is not None:
             self.watchdog.communicate(word)
             self.watchdog = None
+        if not word:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- the table
 
@@ -318,7 +327,8 @@ class Server:
         self, rows: Sequence[Sequence[Any]], columns: str = COLUMNS, indexes: str = INDEXES
     ) -> None:
         """Put a table `agent` with these rows of id, name, ip and key in the place of any other."""
-        values = ", ".join("(%s)" % ", ".join(map(self.literal, row)) for row in rows)
+        tuples = [", ".join(map(self.literal, row)) for row in rows]
+        values = ", ".join(f"({each})" for each in tuples)
         insert = f"INSERT INTO agent (id, name, ip, agent_key) VALUES {values};" if rows else ""
         self.sql(
             f"{self.dropping()} CREATE TABLE agent ({columns}); {insert} {indexes}{self.granting()}"
@@ -335,7 +345,8 @@ class Server:
         """A value as an SQL literal."""
         if value is None or isinstance(value, int):
             return "NULL" if value is None else str(value)
-        return "'%s'" % self.escape(str(value)).replace("'", "''")
+        text = self.escape(str(value)).replace("'", "''")
+        return f"'{text}'"
 
     def escape(self, text: str) -> str:
         """A text with what only this kind of server escapes."""
@@ -378,6 +389,10 @@ class Server:
         tail = "&".join(f"{name}={value}" for name, value in parameters.items() if value)
         return f"{self.scheme}://{user}@{host}:{port or self.port}/{database}?{tail}"
 
+    def url_with_secrets(self, path: str | Path) -> str:
+        """A URL with another password file."""
+        return self.url().replace(self.secrets, str(path))
+
     def socket_url(self) -> str:
         """The same over the unix socket."""
         raise NotImplementedError
@@ -386,9 +401,9 @@ class Server:
 class MariaDB(Server):
     """A mariadbd."""
 
-    scheme, user, secrets_parameter = "mysql", "mysql", "read_default_file"
+    kind, scheme, user, secrets_parameter = "mariadb", "mysql", "mysql", "read_default_file"
     secrets_form = "[client]\npassword = %s\n"
-    programs = ("mariadbd", "mariadb-install-db", "mariadb")
+    programs: tuple[str, ...] = ("mariadbd", "mariadb-install-db", "mariadb")
 
     def install(self) -> list[list[str]]:
         """The commands that make the data folder."""
@@ -406,13 +421,15 @@ class MariaDB(Server):
 
     def command(self) -> list[str]:
         """The command of the server."""
+        return [self.paths["mariadbd"], "--no-defaults", *self.settings()]
+
+    def settings(self) -> list[str]:
+        """The options that MariaDB and MySQL have in common."""
         tls = [
             f"--ssl-{name}={self.folder}/{file}"
             for name, file in (("ca", "ca.pem"), ("cert", "server.pem"), ("key", "server.key"))
         ]
         return [
-            self.paths["mariadbd"],
-            "--no-defaults",
             "--datadir=" + self.data,
             f"--socket={self.folder}/sock",
             f"--pid-file={self.folder}/pid",
@@ -465,10 +482,44 @@ class MariaDB(Server):
         return self.url(host="localhost", unix_socket=self.folder + "/sock")
 
 
+class MySQL(MariaDB):
+    """Oracle's mysqld, with the libraries that came with it; MariaDB's client administers it."""
+
+    kind = "mysql"
+    programs = ("mysqld", "mariadb")
+
+    def __init__(self) -> None:
+        """Begin to make it as the user who runs the tests: only he may read the checkout."""
+        self.user = pwd.getpwuid(os.geteuid()).pw_name
+        super().__init__()
+
+    def mysqld(self) -> list[str]:
+        """The command of the server, up to where it finds its own files."""
+        usr = FETCHED_MYSQL / "usr"
+        (loader,) = usr.glob("lib/*/ld-linux*")
+        libraries = f"{loader.parent}:{loader.parent}/private"
+        return [
+            *(str(loader), "--library-path", libraries, self.paths["mysqld"]),
+            *("--no-defaults", f"--user={self.user}", f"--basedir={usr}"),
+            *(f"--lc-messages-dir={usr}/share/mysql", f"--plugin-dir={usr}/lib/mysql/plugin"),
+            f"--character-sets-dir={usr}/share/mysql/charsets",
+        ]
+
+    def install(self) -> list[list[str]]:
+        """The commands that make the data folder."""
+        small = ["--initialize-insecure", "--innodb-redo-log-capacity=8M"]
+        return [[*self.mysqld(), *small, "--datadir=" + self.data]]
+
+    def command(self) -> list[str]:
+        """The command of the server; EXPLAIN prints a table, as MariaDB's does."""
+        own = ["--mysqlx=OFF", "--skip-log-bin", "--secure-file-priv=NULL"]
+        return [*self.mysqld(), *own, "--explain-format=TRADITIONAL", *self.settings()]
+
+
 class PostgreSQL(Server):
     """A postgres with its processes."""
 
-    scheme, user, secrets_parameter = "postgresql", "postgres", "passfile"
+    kind, scheme, user, secrets_parameter = "postgresql", "postgresql", "postgres", "passfile"
     secrets_form = "*:*:*:*:%s\n"
     programs = ("postgres", "initdb", "psql")
 
@@ -552,24 +603,25 @@ class PostgreSQL(Server):
         )
 
 
-KINDS: dict[str, type[Server]] = {"mysql": MariaDB, "postgresql": PostgreSQL}
+KINDS: dict[str, type[Server]] = {"mariadb": MariaDB, "mysql": MySQL, "postgresql": PostgreSQL}
 
 
 @functools.cache
-def missing(scheme: str) -> str:
-    """The programs of a kind of server that are not installed; "" if all are."""
-    return ", ".join(name for name in KINDS[scheme].programs if not find_program(name))
+def missing(kind: str) -> str:
+    """What is missing for a kind of server; "" if nothing is."""
+    names = [name for name in KINDS[kind].programs if not find_program(name)]
+    return ", ".join("mysqld (run .ci/mysql)" if name == "mysqld" else name for name in names)
 
 
 @functools.cache
 def begun() -> dict[str, Server]:
     """The servers, which start at the same time."""
-    return {scheme: kind() for scheme, kind in KINDS.items() if not missing(scheme)}
+    return {kind: make() for kind, make in KINDS.items() if not missing(kind)}
 
 
-def running(scheme: str) -> Server:
-    """The one server of a kind, ready; one must not be `missing`."""
-    return begun()[scheme].ready()
+def running(kind: str) -> Server:
+    """The one server of a kind, ready; nothing may be `missing` for it."""
+    return begun()[kind].ready()
 
 
 # ------------------------------------------------------------------------------------- the drivers
