@@ -1,49 +1,90 @@
-# make run: try it. make test, lint, bench, install, uninstall, clean: see README.md.
+# `make` lists the targets. The README describes them.
+
 PREFIX = /usr/local
 DESTDIR =
 PYTHON = python3
 VENV = .venv
+
 SCRIPT = agent_key_request.py
 BIN = $(DESTDIR)$(PREFIX)/bin
+# In the order in which they are stopped: nothing starts a service again.
+UNITS = agent-key-request.socket agent-key-request.service \
+        agent-key-import.timer agent-key-import.service
+UNIT_DIRECTORY = $(DESTDIR)/etc/systemd/system
+# What pytest selects. `make test SELECT=` runs the slow tests, too.
 SELECT = -m "not slow"
-PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 20
+# Prints the Python that has the tools named, and installs them in $(VENV) if no Python has them.
+PYTHON_WITH = PYTHON="$(PYTHON)" VENV="$(VENV)" .ci/python-with
 
-.PHONY: run test lint bench install uninstall clean
+.PHONY: help run test tests lint bench install uninstall install-units uninstall-units clean
 
-run:
+help: ## list the targets (`make` alone does the same)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
+
+run: ## ask sample.db.sql for an agent, by id and by address
 	./$(SCRIPT) --db sample.db.sql id 001
 	./$(SCRIPT) --db sample.db.sql ip 192.168.1.100
 
-# With the pytest of the system's Python, or one of our own; over one interpreter if none is named.
-# `make test SELECT=` has the slow ones, too.
-test:
-	@python=$(PYTHON); $$python -c 'import pytest' 2>/dev/null || { \
-	  python=$(VENV)/bin/python; $$python -c 'import pytest' 2>/dev/null || \
-	  { $(PYTHON) -m venv $(VENV) && $(PIP) pytest; } >/dev/null 2>&1 || { \
-	    echo "make test: pytest is missing: install it (Debian: apt-get install python3-pytest)" >&2; exit 1; }; }; \
+# AGENT_KEY_PYTHONS names the interpreters that run the script. Without it, one is enough.
+test: ## run the tests (SELECT= for the slow ones, too)
+	@python=$$($(PYTHON_WITH) pytest) || exit 1; \
 	: "$${AGENT_KEY_PYTHONS:=$$(PATH=/usr/bin:/bin command -v python3 || command -v $(PYTHON))}"; \
-	export AGENT_KEY_PYTHONS; exec $$python -m pytest -q -rfEs $(SELECT) tests
+	export AGENT_KEY_PYTHONS; exec "$$python" -m pytest -q -rfE $(SELECT) tests
 
-lint:
-	@$(VENV)/bin/python -m ruff --version >/dev/null 2>&1 && $(VENV)/bin/python -m mypy --version >/dev/null 2>&1 || \
-	  { $(PYTHON) -m venv $(VENV) && $(PIP) pytest ruff mypy; } >/dev/null 2>&1 || { \
-	    echo "make lint: ruff and mypy are missing, and could not be installed in $(VENV)" >&2; exit 1; }
-	$(VENV)/bin/python -m ruff check $(SCRIPT) tests
-	$(VENV)/bin/python -m mypy $(SCRIPT)
+# The directory has the same name, so `make tests` would find nothing to do.
+tests: test
 
-bench:
+lint: ## check style, format and types (ruff, mypy)
+	@python=$$($(PYTHON_WITH) ruff mypy pytest) || exit 1; status=0; \
+	"$$python" -m ruff check $(SCRIPT) tests || status=1; \
+	"$$python" -m ruff format --check $(SCRIPT) tests || status=1; \
+	MYPYPATH=tests "$$python" -m mypy --strict $(SCRIPT) tests/*.py tests/bench/*.py || status=1; \
+	exit $$status
+
+bench: ## measure the speed, as far as the tools for it are installed
 	$(PYTHON) tests/bench/bench.py
 
-# It is started once, so that its __pycache__ is there before a read-only /usr is sealed.
-install:
+# The program is started once, so that Python's cache exists before a service makes /usr read-only.
+install: ## install the program in /usr/local/bin (PREFIX, DESTDIR)
 	install -d $(BIN)
 	if [ "$$(id -u)" -eq 0 ]; then owner="-o root -g root"; fi; \
 	install $$owner -m 0755 $(SCRIPT) $(BIN)/$(SCRIPT)
 	@$(BIN)/$(SCRIPT) --version >/dev/null 2>&1 || :
 
-uninstall:
+uninstall: ## remove the program; the store of agents stays
 	rm -f $(BIN)/$(SCRIPT) $(BIN)/__pycache__/$(SCRIPT:.py=).cpython-*.pyc
 	@rmdir $(BIN)/__pycache__ 2>/dev/null || :
 
-clean:
-	rm -rf $(VENV) .pythons .pytest_cache .mypy_cache .ruff_cache __pycache__ tests/__pycache__ tests/.ruff_cache
+# The blocks of the README are the units. A line that names the file stands before each of them.
+# A unit that was changed on this host stays as it is.
+install-units: ## install the systemd units of the README (DESTDIR)
+	@install -d $(UNIT_DIRECTORY)
+	@set -e; for unit in $(UNITS); do \
+	    file=$(UNIT_DIRECTORY)/$$unit; \
+	    text=$$(awk -v name="\`/etc/systemd/system/$$unit\`" ' \
+	        is_inside && /^```/ { exit } \
+	        is_inside { print } \
+	        /^```ini/ && index(line_before, name) { is_inside = 1 } \
+	        NF { line_before = $$0 }' README.md); \
+	    if [ -z "$$text" ]; then \
+	        echo "make install-units: README.md has no block for $$unit" >&2; exit 1; \
+	    elif [ ! -e "$$file" ]; then \
+	        echo "$$text" >"$$file"; chmod 0644 "$$file"; echo "installed $$file"; \
+	    elif [ "$$text" = "$$(cat "$$file")" ]; then \
+	        echo "$$file is up to date"; \
+	    else \
+	        echo "$$file was changed and stays as it is; to replace it, remove it first"; \
+	    fi; \
+	done
+	@if [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+
+uninstall-units: ## stop the systemd units and remove them (DESTDIR)
+	@if [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]; then \
+	    for unit in $(UNITS); do systemctl disable --now $$unit 2>/dev/null || :; done; \
+	fi
+	cd $(UNIT_DIRECTORY) 2>/dev/null && rm -f $(UNITS) || :
+	@if [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+
+clean: ## remove what tests and tools have left in this checkout
+	rm -rf $(VENV) .pythons .mysql .pytest_cache .mypy_cache .ruff_cache
+	rm -rf __pycache__ tests/__pycache__ tests/bench/__pycache__

@@ -1,11 +1,21 @@
-"""The benchmark behind `make bench`: what an answer, a start, an import cost, and how that grows.
+"""The benchmark of `make bench`: what a request, an answer and an import cost.
 
-    bench.py [served] [oneshot] [imports] [growth]        all of them if none is named
+    bench.py [oneshot] [served] [databases] [imports] [growth]
 
-Rates vary with the machine, so each is given with its ratio to what ran in turns with it: a C loop
-with a fixed answer, and the first edition, where git has it. Processor time and instructions vary
-less. What needs a tool that is not here (cc, git, valgrind, sqlite3) is left out, and that is said.
+Without words, all of these are measured:
+- oneshot: a request as the manager makes it without a server, in milliseconds and instructions
+- served: answers of `--serve` per second, over the socket, asked for as a manager does
+- databases: the same for a table in MySQL, MariaDB and PostgreSQL, on this host
+- imports: `--import` beside SQLite's own `.import`
+- growth: how the costs grow with the number of agents
+
+Milliseconds and rates vary with the machine and with what else it does. Each rate is therefore
+given with its ratio to two others, which are measured in turns with it: to a C program that always
+sends the same answer, and to the second edition of the script, if git has it. Instructions and
+processor time vary less. What needs a tool that is not here is left out, and that is said.
 """
+
+from __future__ import annotations
 
 import concurrent.futures
 import contextlib
@@ -28,97 +38,228 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPT, SAMPLE = ROOT / "agent_key_request.py", ROOT / "sample.db.sql"
-PYTHON = [shutil.which("python3", path="/usr/bin:/bin") or sys.executable, "-IS"]
-FIRST_EDITION = "9357f7d"
-ROUNDS, SECONDS = 5, 1.0  # of a measurement of the served answers
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+sys.path.append(str(TESTS))
+import database_servers  # noqa: E402 - it is in the folder of the tests
+
+SCRIPT = ROOT / "agent_key_request.py"
+SAMPLE = ROOT / "sample.db.sql"
+PATH = "/usr/bin:/bin"
+PYTHON = [shutil.which("python3", path=PATH) or sys.executable, "-IS"]
+SECOND_EDITION = "9dc66db"
+
+STARTS = 21  # of which the median is taken
+ROUNDS = 5  # of a measurement of served answers
+SECONDS = 1.0  # of each round
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-SOURCES = (("db", SIZES[2]), ("db", SIZES[3]), ("csv", SIZES[2]), ("keys", SIZES[2]))
-NAMES = {"db": "SQLite", "csv": "CSV", "keys": "client.keys"}
+DATABASE_AGENTS = 10_000
 SILENT = 7  # of eight workers
-folder = Path()  # for the files of a run
+NOBODY = "20000000"  # the id of no agent
+NAMES = {"db": "SQLite", "csv": "CSV", "keys": "client.keys"}
+
+
+class Source(NamedTuple):
+    """A source for the measurements: its kind (a key of NAMES) and its number of agents."""
+
+    kind: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{NAMES[self.kind]} {self.size:,}"
+
+
+SOURCES = [
+    Source("db", 100_000),
+    Source("db", 1_000_000),
+    Source("csv", 100_000),
+    Source("keys", 100_000),
+]
+
+
+class Place:
+    """The directory of a run, with a copy of the script: nobody edits that, and it has a cache."""
+
+    folder = Path()
+    script = Path()
 
 
 def note(text: str) -> None:
     """Tell what is going on, or what is left out."""
-    print("bench: " + text, file=sys.stderr, flush=True)
+    print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print text to the left, figures to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    """Print a table: text to the left, figures to the right."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     print(f"\n{title}\n")
     for row in [head, ["-" * width for width in widths], *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        print("  ".join([row[0].ljust(widths[0]), *cells]).rstrip(), flush=True)
+        first = row[0].ljust(widths[0])
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join([first, *cells]).rstrip(), flush=True)
 
 
 # ---------------------------------------------------------------- sources and programs
 
 
 def agents(count: int) -> Iterator[tuple[str, str, str, str]]:
-    """Agents 001 to count, at 10.x.y.z with the number in x.y.z."""
-    for n in range(1, count + 1):
-        address = f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}"
-        yield f"{n:03d}", f"agent-{n}", address, hashlib.sha256(str(n).encode()).hexdigest()
+    """Give the agents 001 to COUNT, at 10.x.y.z with the number in x.y.z."""
+    for number in range(1, count + 1):
+        address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+        key = hashlib.sha256(str(number).encode()).hexdigest()
+        yield f"{number:03d}", f"agent-{number}", address, key
 
 
 @functools.cache
-def source(kind: str, count: int) -> str:
-    """The path of a source with as many agents."""
-    path = folder / f"{count}.{kind}"
-    comma, head = {"csv": (",", "id,name,ip,key\n"), "keys": (" ", "")}.get(kind, ("", ""))
-    if comma:
-        path.write_text(head + "".join(comma.join(agent) + "\n" for agent in agents(count)))
+def path_of(source: Source) -> str:
+    """Make a source, and return its path."""
+    path = Place.folder / f"{source.size}.{source.kind}"
+    if source.kind == "db":
+        make_database(path, source.size)
     else:
-        insert = "INSERT INTO agent (id, name, ip, agent_key) VALUES (?, ?, ?, ?)"
-        with contextlib.closing(sqlite3.connect(path)) as store, store:
-            store.executescript("PRAGMA synchronous = OFF;" + SAMPLE.read_text())
-            store.execute("DELETE FROM agent")
-            store.executemany(insert, agents(count))
+        separator, head = {"csv": (",", "id,name,ip,key\n"), "keys": (" ", "")}[source.kind]
+        lines = [separator.join(agent) + "\n" for agent in agents(source.size)]
+        path.write_text(head + "".join(lines))
     path.chmod(0o600)
     return str(path)
 
 
+def make_database(path: Path, count: int) -> None:
+    """Make a database with the schema and the indexes of sample.db.sql."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.executescript("PRAGMA synchronous = OFF;" + SAMPLE.read_text())
+        database.execute("DELETE FROM agent")
+        insert = "INSERT INTO agent (id, name, ip, agent_key) VALUES (?, ?, ?, ?)"
+        database.executemany(insert, agents(count))
+
+
 @functools.cache
-def first_edition() -> list[Path]:
-    """The first edition out of git; nothing where git does not have it."""
-    path, show = folder / "first.py", f"git -C '{ROOT}' show {FIRST_EDITION}:{SCRIPT.name}"
-    status, text = subprocess.getstatusoutput(show)
-    if status == 0:
-        path.write_text(text + "\n")
+def second_edition() -> Path | None:
+    """Return the second edition of the script, which git has."""
+    command = ["git", "-C", str(ROOT), "show", f"{SECOND_EDITION}:{SCRIPT.name}"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        text = subprocess.run(command, capture_output=True, check=True).stdout
+        path = Place.folder / "second" / SCRIPT.name
+        path.parent.mkdir()
+        path.write_bytes(text)
         path.chmod(0o755)
-        return [path]
-    note(f"git does not have the first edition ({FIRST_EDITION}): it is left out")
-    return []
+        return path
+    note(f"git does not have the second edition ({SECOND_EDITION}): it is left out")
+    return None
+
+
+def editions() -> dict[str, Path]:
+    """Return the scripts that are compared, by the names of their editions."""
+    second = second_edition()
+    return {**({"second edition": second} if second else {}), "this": Place.script}
 
 
 @functools.cache
 def compiled(name: str) -> str:
-    """A C program of this folder."""
+    """Compile a C program of this folder, and return its path."""
     if not shutil.which("cc"):
         raise LookupError("no C compiler (cc)")
-    words = ["cc", "-O2", "-pthread", "-o", str(folder / name), f"{ROOT}/tests/bench/{name}.c"]
-    subprocess.run(words, check=True)
-    return words[4]
+    program = str(Place.folder / name)
+    source = f"{TESTS}/bench/{name}.c"
+    subprocess.run(["cc", "-O2", "-pthread", "-o", program, source], check=True)
+    return program
 
 
-# ---------------------------------------------------------------- served
+# ---------------------------------------------------------------- a request without a server
+
+
+class Start(NamedTuple):
+    """What the start of a program costs."""
+
+    milliseconds: float
+    instructions: float | None  # millions; None without valgrind
+
+    def cells(self, base: Start) -> list[str]:
+        """Return the cells of a table, with the ratio to the instructions of another start."""
+        cells = [f"{self.milliseconds:.1f}", f"{1000 / self.milliseconds:,.0f}"]
+        if self.instructions is None or base.instructions is None:
+            return [*cells, "", ""]
+        ratio = self.instructions / base.instructions
+        return [*cells, f"{self.instructions:.1f}", f"{ratio:.2f}"]
+
+
+START_HEAD = ["", "ms", "per second", "M instructions", "ratio"]
+
+
+def milliseconds(command: Sequence[str]) -> float:
+    """Return the median time that a command takes."""
+    times = []
+    for _ in range(STARTS):
+        started = time.perf_counter()
+        subprocess.run(command, env={"PATH": PATH}, stdout=subprocess.DEVNULL, check=True)
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def instructions(command: Sequence[str]) -> float | None:
+    """Return the millions of instructions of a command and all that it starts."""
+    if not shutil.which("valgrind"):
+        return None
+    valgrind = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--trace-children=yes"]
+    command = [*valgrind, "--cachegrind-out-file=/dev/null", *command]
+    done = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, check=True)
+    counts = re.findall(r"I +refs: +([\d,]+)", done.stderr)
+    return sum(int(count.replace(",", "")) for count in counts) / 1e6
+
+
+def cost_of(command: Sequence[str]) -> Start:
+    """Return what the start of a command costs."""
+    return Start(milliseconds(command), instructions(command))
+
+
+def request(script: Path, db: str, words: str) -> list[str]:
+    """Return the command of a request, such as `id 001`, as the manager runs it."""
+    return [str(script), "--timeout", "600", "--db", db, *words.split()]  # valgrind is slow
+
+
+def oneshot() -> None:
+    """Measure one request as the manager makes it without a server."""
+    base = cost_of([*PYTHON, "-c", "import sqlite3"])
+    lines = [["python3 -IS -c 'import sqlite3'", *base.cells(base)]]
+    many = SOURCES[1]
+    for words in ("id 50000", f"id {NOBODY}", "ip 10.0.195.80", "ip 192.0.2.1"):
+        for edition, script in editions().items():
+            cost = cost_of(request(script, path_of(many), words))
+            lines.append([f"{many.name}, {words}, {edition}", *cost.cells(base)])
+    for source in SOURCES[2:]:
+        cost = cost_of(request(Place.script, path_of(source), "id 50000"))
+        lines.append([f"{source.name}, id 50000, this", *cost.cells(base)])
+    title = f"One request, from the shell to the answer: the median of {STARTS}, one at a time"
+    table(title, START_HEAD, lines)
+
+
+# ---------------------------------------------------------------- served answers
+
+
+class Row(NamedTuple):
+    """A measurement: a server, its requests (client.c, -r), and the row to compare it with."""
+
+    name: str
+    path: Path
+    pid: int
+    requests: str
+    second: str = ""
+    silent: int = 0  # clients that say nothing
 
 
 @contextlib.contextmanager
-def running(path: Path, *command: str | Path) -> Iterator[int]:
-    """A server on the socket PATH, with its defaults, once it is ready: its process id."""
-    if len(command) == 2:  # a script and its source; else the C loop
-        command = (*PYTHON, command[0], "--db", command[1], "--serve", "--socket")
-    log, command = path.with_suffix(".log"), (*command, path)
+def running(path: Path, command: Sequence[str | Path]) -> Iterator[int]:
+    """Run a server whose last word is its socket; give its process id once it is ready."""
+    log = path.with_suffix(".log")
     with log.open("wb") as stream:  # a file is the cheapest reader
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stream)
+        process = subprocess.Popen([*command, path], stdin=subprocess.DEVNULL, stderr=stream)
     try:
-        while "ready" not in log.read_text():
-            if process.poll() is not None:
-                raise SystemExit(f"bench: {command} ended: {log.read_text()}")
+        deadline = time.monotonic() + 60
+        while not re.search(r"\bready\b", log.read_text()):  # "already" is something else
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"bench: {command} did not start: {log.read_text()}")
             time.sleep(0.02)
         yield process.pid
     finally:
@@ -126,40 +267,36 @@ def running(path: Path, *command: str | Path) -> Iterator[int]:
         process.wait()
 
 
+def serve(script: Path, db: str) -> list[str | Path]:
+    """Return the command of a server, but for its socket."""
+    return [*PYTHON, script, "--db", db, "--serve", "--socket"]
+
+
 def processor_seconds(pid: int) -> float:
-    """What a server and its workers have used so far."""
+    """Return the processor time that a server and its workers have used so far."""
     ticks = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has ended
             fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
             if str(pid) in (name, fields[1]):
                 ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-class Row(NamedTuple):
-    """What is measured: a server, what it is asked (client.c, -r), and the row to compare with."""
-
-    name: str
-    path: Path
-    pid: int
-    requests: str
-    first: str = ""
-
-
 def load(row: Row) -> dict[str, float]:
-    """Ask with 32 threads for a while: what client.c reports, and processor time for an answer."""
+    """Ask with 32 threads for a while; return the figures of client.c, and `cpu` per answer."""
     before = processor_seconds(row.pid)
     command = [compiled("client"), "-d", str(SECONDS), "-r", row.requests, str(row.path)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    with silent(row.path, row.silent):
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     figures = {name: float(value) for name, value in (pair.split("=") for pair in output.split())}
     used = processor_seconds(row.pid) - before
-    return {**figures, "cpu": 1e6 * used / (figures["answers"] or 1)}
+    return {**figures, "cpu": 1e6 * used / max(figures["answers"], 1)}
 
 
 @contextlib.contextmanager
 def silent(path: Path, count: int) -> Iterator[None]:
-    """As many clients that say nothing, at any time: who is closed comes back."""
+    """Keep COUNT clients that say nothing; one that is disconnected comes back."""
     done = threading.Event()
 
     def be_silent() -> None:
@@ -168,7 +305,7 @@ def silent(path: Path, count: int) -> Iterator[None]:
                 connection.connect(str(path))
                 connection.recv(1)
 
-    with concurrent.futures.ThreadPoolExecutor(SILENT) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max(count, 1)) as pool:
         for _ in range(count):
             pool.submit(be_silent)
         try:
@@ -177,86 +314,120 @@ def silent(path: Path, count: int) -> Iterator[None]:
             done.set()
 
 
-def served() -> None:
-    """Answers a second over the socket, each asked for as a manager does."""
-    rows, path = [], folder / "floor.s"
-    with contextlib.ExitStack() as stack:
-        pid = stack.enter_context(running(path, compiled("floor")))
-        rows.append(Row("C loop, a fixed answer", path, pid, "1-1"))
-        for kind, count in SOURCES:
-            for script in [*first_edition(), SCRIPT]:
-                path = folder / f"{script.stem[0]}{kind}{count}.s"
-                pid = stack.enter_context(running(path, script, source(kind, count)))
-                edition = "first edition" if script != SCRIPT else "this"
-                asked = {"hits": f"1-{count}", "misses": "20000000-20100000"}
-                if (kind, count) == SOURCES[0]:
-                    asked[f"hits, {SILENT} silent"] = asked["hits"]
-                for what, requests in asked.items():
-                    name = f"{NAMES[kind]} {count:,}, {what.partition(',')[0]}, "
-                    first = name + "first edition" if script == SCRIPT else ""
-                    name += what.partition(", ")[2] + ", " if "silent" in what else ""
-                    rows.append(Row(name + edition, path, pid, requests, first))
-        samples: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
-        for number in range(ROUNDS):
-            note(f"served: round {number + 1} of {ROUNDS}")
-            for row in rows:
-                with silent(row.path, SILENT if "silent" in row.name else 0):
-                    samples[row.name].append(load(row))
+def rows_of(source: Source, edition: str, path: Path, pid: int) -> Iterator[Row]:
+    """Give the measurements of a server over a source."""
+    asked = {"found": f"1-{source.size}", "not found": f"{NOBODY}-20100000"}
+    for what, requests in asked.items():
+        name = f"{source.name}, {what}"
+        second = f"{name}, second edition" if edition == "this" else ""
+        yield Row(f"{name}, {edition}", path, pid, requests, second)
+    if source == SOURCES[0]:
+        name = f"{source.name}, found, {SILENT} silent"
+        second = f"{name}, second edition" if edition == "this" else ""
+        yield Row(f"{name}, {edition}", path, pid, asked["found"], second, SILENT)
+
+
+def measured(rows: Sequence[Row]) -> dict[str, list[dict[str, float]]]:
+    """Measure all rows in turns, a few times; return the figures of each row by its name."""
+    samples: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
+    for number in range(ROUNDS):
+        note(f"round {number + 1} of {ROUNDS}")
+        for row in rows:
+            samples[row.name].append(load(row))
+    return samples
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Measure servers, and print a table. The first row is the C program."""
+    samples = measured(rows)
 
     def ratio(name: str, other: str) -> str:
-        pairs = zip(samples[name], samples.get(other, []))
-        ratios = [one["rate"] / (two["rate"] or 1) for one, two in pairs]
+        pairs = zip(samples[name], samples.get(other, []), strict=False)
+        ratios = [one["rate"] / max(two["rate"], 1) for one, two in pairs]
         return f"{statistics.median(ratios):.2f}" if ratios else ""
+
+    def median(name: str, figure: str) -> float:
+        return statistics.median(each[figure] for each in samples[name])
 
     lines = []
     for row in rows:
-        found = {figure: [each[figure] for each in samples[row.name]]
-                 for figure in samples[row.name][0]}  # fmt: skip
-        rate, cpu, p99 = (statistics.median(found[name]) for name in ("rate", "cpu", "p99_us"))
-        ratios = [ratio(row.name, rows[0].name), ratio(row.name, row.first)]
-        figures = [f"{cpu:.0f}", f"{p99 / 1000:.1f}", f"{sum(found['failures']):.0f}"]
-        lines.append([row.name, f"{rate:,.0f}", *ratios, *figures])
-    title = f"Served: 32 C clients, {os.cpu_count()} processors, {ROUNDS} rounds of {SECONDS:g} s"
-    table(title, ["", "answers/s", "of C", "of first", "CPU us", "p99 ms", "failed"], lines)
+        failed = sum(each["failures"] for each in samples[row.name])
+        lines.append(
+            [
+                row.name,
+                f"{median(row.name, 'rate'):,.0f}",
+                f"{median(row.name, 'p50_us') / 1000:.1f}",
+                f"{median(row.name, 'p99_us') / 1000:.1f}",
+                ratio(row.name, rows[0].name),
+                ratio(row.name, row.second),
+                f"{median(row.name, 'cpu'):.0f}",
+                f"{failed:.0f}",
+            ]
+        )
+    head = ["", "answers/s", "ms", "99 % ms", "of C", "of second", "CPU us", "failed"]
+    clients = f"32 clients in C, {os.cpu_count()} processors, {ROUNDS} rounds of {SECONDS:g} s"
+    table(f"{title}: {clients}", head, lines)
 
 
-# ---------------------------------------------------------------- a start, an import, growth
+def c_program(stack: contextlib.ExitStack) -> Row:
+    """Start the C program that always sends the same answer."""
+    path = Place.folder / "floor.s"
+    path.unlink(missing_ok=True)
+    pid = stack.enter_context(running(path, [compiled("floor")]))
+    return Row("C, always the same answer", path, pid, "1-1")
 
 
-def instructions(*command: str) -> float:
-    """Millions of instructions that a command executes, with all that it starts."""
-    if not shutil.which("valgrind"):
-        raise LookupError("no valgrind")
-    callgrind = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
-    done = subprocess.run([*callgrind, "--trace-children=yes", *command], env={"PATH": os.defpath},
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    return sum(map(int, re.findall(r"Collected : (\d+)", done.stderr))) / 1e6
+def served() -> None:
+    """Measure the answers per second over the socket."""
+    with contextlib.ExitStack() as stack:
+        rows = [c_program(stack)]
+        for source in SOURCES:
+            for edition, script in editions().items():
+                path = Place.folder / f"{edition[0]}{source.kind}{source.size}.s"
+                command = serve(script, path_of(source))
+                pid = stack.enter_context(running(path, command))
+                rows += rows_of(source, edition, path, pid)
+        show("Served", rows)
 
 
-def asking(script: Path, db: str, *words: str) -> float:
-    """What a request as the manager makes it costs, with the cache of the script there."""
-    command = [str(script), "--timeout", "600", "--db", db, *words]
-    subprocess.run(command, env={"PATH": os.defpath}, stdout=subprocess.DEVNULL, check=True)
-    return instructions(*command)
+# ---------------------------------------------------------------- databases
 
 
-def oneshot() -> None:
-    """Instructions of one start, which are the same on a busy machine."""
-    base = instructions(*PYTHON, "-c", "import sqlite3")
-    lines = [["python3 -IS -c 'import sqlite3'", f"{base:.1f}", "1.00"]]
-    requests = ("id 50000", "id 20000000", "ip 10.0.195.80", "ip 192.0.2.1")
-    asked = [(*SOURCES[1], request, SCRIPT) for request in requests]
-    asked += [(*SOURCES[1], requests[0], script) for script in first_edition()]
-    asked += [(kind, count, requests[0], SCRIPT) for kind, count in SOURCES[2:]]
-    for kind, count, request, script in asked:
-        cost = asking(script, source(kind, count), *request.split())
-        name = f"{NAMES[kind]} {count:,}, {request}" + ", first edition" * (script != SCRIPT)
-        lines.append([name, f"{cost:.1f}", f"{cost / base:.2f}"])
-    table("One-shot: from the shell to the answer", ["", "M instructions", "ratio"], lines)
+def databases() -> None:
+    """Measure requests and served answers from a table in each database server that is here."""
+    found = {}
+    for kind in database_servers.KINDS:
+        lacking = database_servers.missing(kind)
+        if lacking:
+            note(f"{kind} is left out: no {lacking}")
+        else:
+            server = database_servers.running(kind)
+            server.load(list(agents(DATABASE_AGENTS)))
+            found[type(server).__name__] = server.url()
+    if not found:
+        raise LookupError("no database server")
+    base = cost_of([*PYTHON, "-c", "import sqlite3"])
+    lines = []
+    for name, url in found.items():
+        for words in ("id 5000", f"id {NOBODY}", "ip 10.0.19.136"):
+            cost = Start(milliseconds(request(Place.script, url, words)), None)
+            lines.append([f"{name}, {words}", *cost.cells(base)[:2]])
+    table(f"One request to a database of {DATABASE_AGENTS:,}", START_HEAD[:3], lines)
+    with contextlib.ExitStack() as stack:
+        rows = [c_program(stack)]
+        for name, url in found.items():
+            path = Place.folder / f"{name}.s"
+            pid = stack.enter_context(running(path, serve(Place.script, url)))
+            rows.append(Row(f"{name}, found", path, pid, f"1-{DATABASE_AGENTS}"))
+            rows.append(Row(f"{name}, not found", path, pid, f"{NOBODY}-20100000"))
+        show("Served from a database", rows)
+
+
+# ---------------------------------------------------------------- imports and growth
 
 
 def seconds_of(command: Sequence[str], text: str = "") -> float:
-    """Processor time of a command."""
+    """Return the processor time of a command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, input=text, text=True, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -265,58 +436,88 @@ def seconds_of(command: Sequence[str], text: str = "") -> float:
 
 @functools.cache
 def imported(count: int) -> float:
-    """Processor time of an import of CSV."""
-    words = ["--db", str(folder / f"imported.{count}"), "--import", source("csv", count)]
-    return seconds_of([*PYTHON, str(SCRIPT), *words])
+    """Import a CSV file, and return the processor time."""
+    words = ["--db", str(Place.folder / f"imported.{count}"), "--import"]
+    return seconds_of([*PYTHON, str(Place.script), *words, path_of(Source("csv", count))])
+
+
+def imported_by_sqlite(count: int) -> float:
+    """Import the same file by SQLite's own program into the same table, as fast as it can."""
+    with contextlib.closing(sqlite3.connect(Place.folder / f"imported.{count}")) as store:
+        query = "SELECT sql FROM sqlite_master WHERE sql > ''"
+        create_table, *create_indexes = [sql for (sql,) in store.execute(query)]
+    statements = [
+        "PRAGMA synchronous = OFF;",
+        "PRAGMA journal_mode = OFF;",
+        f"{create_table};",
+        f".import --csv --skip 1 {path_of(Source('csv', count))} agent",
+        *(f"{create_index};" for create_index in create_indexes),
+    ]
+    return seconds_of(["sqlite3", str(Place.folder / f"sqlite3.{count}")], "\n".join(statements))
 
 
 def imports() -> None:
-    """`--import` beside SQLite's own, into the same table with the same indexes."""
+    """Measure `--import` beside SQLite's own `.import`."""
     if not shutil.which("sqlite3"):
         raise LookupError("no sqlite3")
     lines = []
     for count in SIZES[2:]:
         ours = imported(count)
-        with contextlib.closing(sqlite3.connect(folder / f"imported.{count}")) as store:
-            made = [sql for (sql,) in store.execute("SELECT sql FROM sqlite_master WHERE sql > ''")]
-        indexes = ";\n".join([*made[1:], ""])
-        text = f".import --csv --skip 1 {source('csv', count)} agent\n{indexes}"
-        text = f"PRAGMA synchronous = OFF; PRAGMA journal_mode = OFF;\n{made[0]};\n{text}"
-        theirs = seconds_of(["sqlite3", str(folder / f"sqlite3.{count}")], text)
+        theirs = imported_by_sqlite(count)
         lines.append([f"CSV {count:,}", f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.1f}"])
-    table("Import: processor time", ["", "--import s", "sqlite3 .import s", "ratio"], lines)
+    head = ["", "--import s", "sqlite3 .import s", "ratio"]
+    table("Import: seconds of processor time", head, lines)
 
 
-def answer(count: int) -> float:
-    """Processor time for a served answer, in microseconds."""
-    path = folder / f"growth{count}.s"
-    with running(path, SCRIPT, source("db", count)) as pid:
+def milliseconds_of_a_request(count: int) -> float:
+    """Return the median time of a request to an SQLite store of COUNT agents."""
+    return milliseconds(request(Place.script, path_of(Source("db", count)), "id 001"))
+
+
+def processor_time_of_an_answer(count: int) -> float:
+    """Return the microseconds of processor time of a served answer."""
+    path = Place.folder / f"growth{count}.s"
+    with running(path, serve(Place.script, path_of(Source("db", count)))) as pid:
         return load(Row("", path, pid, f"1-{count}"))["cpu"]
 
 
 def growth() -> None:
-    """The costs over the number of agents, as a plot: each bar to its own scale."""
+    """Plot the costs over the number of agents. Each bar has its own scale."""
     costs: dict[str, Callable[[int], float]] = {
-        "a request: M instructions": lambda count: asking(SCRIPT, source("db", count), "id", "001"),
-        "a served answer: us of processor": answer, "an import: s of processor": imported,
-    }  # fmt: skip
+        "a request: milliseconds": milliseconds_of_a_request,
+        "a served answer: us of processor time": processor_time_of_an_answer,
+        "an import: s of processor time": imported,
+    }
     print("\nHow it grows with the number of agents, SQLite")
     for name, cost in costs.items():
         found = [cost(count) for count in SIZES]
         print(f"\n{name}")
-        for count, value in zip(SIZES, found):
+        for count, value in zip(SIZES, found, strict=True):
             bar = "#" * max(1, round(40 * value / max(found)))
             print(f"{count:>9,} |{bar:<40} {value:.1f}", flush=True)
 
 
-if __name__ == "__main__":
+SECTIONS: dict[str, Callable[[], None]] = {
+    section.__name__: section for section in (oneshot, served, databases, imports, growth)
+}
+
+
+def main() -> None:
+    """Measure the sections that are named, or all."""
+    names = sys.argv[1:] or list(SECTIONS)
+    for name in names:
+        if name not in SECTIONS:
+            sys.exit(f"bench: unknown section {name}; there are {', '.join(SECTIONS)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server stays behind
     with tempfile.TemporaryDirectory(prefix="agent-key-bench-") as made:
-        folder = Path(made)
-        SCRIPT = Path(shutil.copy2(SCRIPT, folder))  # its cache is beside it, and nobody edits it
-        for section in (served, oneshot, imports, growth):
-            if section.__name__ in (sys.argv[1:] or section.__name__):
-                try:
-                    section()
-                except LookupError as missing:
-                    note(f"{section.__name__} is left out: {missing}")
+        Place.folder = Path(made)
+        Place.script = Path(shutil.copy2(SCRIPT, Place.folder))
+        for name in names:
+            try:
+                SECTIONS[name]()
+            except LookupError as missing:
+                note(f"{name} is left out: {missing}")
+
+
+if __name__ == "__main__":
+    main()
