@@ -1,24 +1,27 @@
-"""The README is true: its commands run in its order, its units are sound, its figures the script's.
+"""The README is true: its commands run as written, its units are sound, its figures are right.
 
-The paths of a host that stand in a block, and in the copy of the script that is installed, are put
-below a folder of the test (`Host.map`), and `sudo` is left out. Nothing else in a block is changed.
+`Host` is a manager's host below a directory of the test. It changes the paths in a command and
+leaves `sudo` out. Nothing else in a command is changed. Programs that would change this machine,
+such as systemctl, are replaced by stand-ins.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
+import functools
 import hashlib
 import json
 import os
+import pwd
 import re
-import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import database_servers
 import pytest
@@ -27,200 +30,450 @@ from conftest import ROOT, SAMPLE, SCRIPT, SUPPORTED, Record, interpreters, scri
 from serving import Server, started
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
-FLAT = " ".join(re.sub(r"(?ms)^```.*?^```$", "", README).split())  # without blocks, unwrapped
+FLAT = " ".join(re.sub(r"(?ms)^ *```.*?^ *```$", "", README).split())  # without blocks, unwrapped
 PROGRAM = "/usr/local/bin/agent_key_request.py"
-PATHS = re.compile(r"(?<![\w./-])/(?=usr/local/bin/|var/|run/|etc/agent)")
+STORE = "/var/lib/agent-key-request/agents.db"
+SOCKET = "/run/agent-key-request/socket"
+# The beginnings of the paths that a test puts below its own directory.
+PATHS = re.compile(r"(?<![\w./-])/(?=usr/local/bin/|var/|run/|root/|etc/agent|etc/systemd/)")
 LIMIT = 60.0  # seconds for one command
-
-# Each block, by its language and what no other of them has; together they are all (the last test).
-RUN, PRINTED = ("sh", "make run"), ("text", '{"error": 0')
-INSTALL, FIRST_STEPS = ("sh", "make install"), ("sh", "--enroll")
-NEW, OLD = ("xml", "<key_request>"), ("xml", "<wodle")
-MANAGER, DIAGRAM = ("sh", "--check --manager"), ("mermaid", "")
-SERVE, ENABLE = ("sh", "--serve"), ("sh", "systemctl")
-SQL, OPTION_FILE, GROWTH = ("sql", ""), ("ini", "[client]"), ("text", "1,000,000 agents")
-UNITS = dict(re.findall(r"(?ms)`/etc/systemd/system/([^`]+)`[^\n]*\n```ini\n(.*?)^```$", README))
+LINE_LIMIT = 100  # characters
 
 
-def block(key: tuple[str, str]) -> str:
-    """The only block of that language that has those words."""
-    (found,) = [text for language, text in BLOCKS if language == key[0] and key[1] in text]
+# ---------------------------------------------------------------------- the blocks of the README
+
+
+class Block(NamedTuple):
+    """A block of code. above: the last line before it. section: the heading that it is under."""
+
+    language: str
+    text: str
+    above: str
+    section: str
+    line: int
+
+
+def read_blocks() -> Iterator[Block]:
+    """Yield the blocks of the README. The indent of a block in a list is removed."""
+    section = above = ""
+    lines = README.splitlines(keepends=True)
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        number += 1
+        fence = re.match(r"( *)```(\w+)$", line)
+        if fence:
+            end = lines.index(f"{fence[1]}```\n", number)
+            text = "".join(inside.removeprefix(fence[1]) for inside in lines[number:end])
+            yield Block(fence[2], text, above, section, number)
+            number = end + 1
+        elif line.startswith("## "):
+            section = line[3:].strip()
+        if line.strip():
+            above = line.strip()
+
+
+BLOCKS = tuple(read_blocks())
+COMMANDS = tuple(block for block in BLOCKS if block.language == "sh")
+UNIT_PATH = re.compile(r"`/etc/systemd/system/([\w-]+\.\w+)`")
+UNITS = {
+    match[1]: block.text
+    for block in BLOCKS
+    if block.language == "ini" and (match := UNIT_PATH.match(block.above))
+}
+DROP_INS = tuple(
+    block
+    for block in BLOCKS
+    if block.text.startswith("[Service]") and not UNIT_PATH.match(block.above)
+)
+CONFIGURATIONS = tuple(block for block in BLOCKS if block.language == "xml")
+
+
+def output_of(block: Block) -> str | None:
+    """Return what the README shows as the output of a command; None if it shows nothing."""
+    following = BLOCKS[BLOCKS.index(block) + 1 :]
+    if following and following[0].language == "text" and following[0].section == block.section:
+        between = README.splitlines()[block.line : following[0].line]
+        is_next = sum(1 for line in between if line.strip()) == block.text.count("\n") + 2
+        return following[0].text if is_next else None
+    return None
+
+
+def find_block(language: str, part: str) -> Block:
+    """Return the only block of a language that contains `part`."""
+    (found,) = [block for block in BLOCKS if block.language == language and part in block.text]
     return found
 
 
-# ------------------------------------------------------------------------- a host, as it is led to
+# ---------------------------------------------------------------------------------- a host
+
+SYSTEMCTL = '#!/bin/sh\necho "$@" >>"{calls}"\n'
+QUIET = "#!/bin/sh\nexit 0\n"
+# Both clients export the same two agents.
+MYSQL = """#!/bin/sh
+printf 'id\\tname\\tip\\tagent_key\\n{tabs}'
+"""
+PSQL = """#!/bin/sh
+file=$(expr "$2" : '.* TO \\([^ ]*\\) CSV HEADER$')
+printf 'id,name,ip,agent_key\\n{commas}' >"$file"
+"""
 
 
 class Host:
-    """A manager's host below a folder, with a copy of the repository in `copy`."""
+    """A manager's host below a directory, with a copy of the repository in `copy`.
 
-    def __init__(self, folder: Path) -> None:
-        """Take the FOLDER; its name must be short enough for a socket."""
-        self.folder, self.copy = folder, folder / "copy"
-        for name in ("copy", "bin", "etc", "usr/local/bin", "var/lib", "run",
-                     "var/ossec/etc", "var/ossec/queue/sockets"):  # fmt: skip
-            (folder / name).mkdir(parents=True)
-        (folder / "bin" / "python3").symlink_to(interpreters()[0].path)
-        (self.copy / SCRIPT.name).write_text(self.map(SCRIPT.read_text()))
-        (self.copy / SCRIPT.name).chmod(0o755)
-        for name in (SAMPLE, ROOT / "Makefile"):
-            shutil.copy2(name, self.copy)
-        self.environment = {"PATH": f"{folder}/bin:{os.defpath}", "DESTDIR": str(folder)}
-        self.program, self.home = self.path(PROGRAM), self.path("/var/ossec")
-        self.socket = self.path(script.SOCKET)
+    calls: a file with what was said to systemctl.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Make the host in a directory. Its name must be short enough for a socket."""
+        self.directory = directory
+        self.copy = directory / "copy"
+        for name in (
+            "copy",
+            "bin",
+            "etc",
+            "root",
+            "run",
+            "usr/local/bin",
+            "var/lib",
+            "var/ossec/bin",
+            "var/ossec/etc",
+            "var/ossec/logs",
+            "var/ossec/queue/db",
+            "var/ossec/queue/sockets",
+        ):
+            (directory / name).mkdir(parents=True)
+        self.home = directory / "var/ossec"
+        self.calls = directory / "calls"
         rows = list(script.open_source(str(SAMPLE), LIMIT).rows())
         self.agents = [Record(*row) for _, row in rows]
-        self.keys = "".join("{} {} {} {}\n".format(*agent) for agent in self.agents)
+        self._copy_repository()
+        self._make_stand_ins()
+        self._make_manager()
+        self.environment = {
+            "PATH": f"{directory}/bin:{os.defpath}",
+            "DESTDIR": str(directory),
+            "AGENT_KEY_PYTHONS": interpreters()[0].path,
+        }
+
+    def _copy_repository(self) -> None:
+        """Copy the repository, with other paths in the script."""
+        (self.copy / SCRIPT.name).write_text(self.map(SCRIPT.read_text()))
+        (self.copy / SCRIPT.name).chmod(0o755)
+        for path in (SAMPLE, ROOT / "Makefile", ROOT / "README.md"):
+            shutil.copy2(path, self.copy)
+        keys = "".join("{} {} {} {}\n".format(*agent) for agent in self.agents)
+        (self.copy / "client.keys").write_text(keys)
+
+    def _make_stand_ins(self) -> None:
+        """Make the programs that would change this machine, or ask others."""
+        two = self.agents[:2]
+        tabs = "".join("\\t".join(agent) + "\\n" for agent in two)
+        commas = "".join(",".join(agent) + "\\n" for agent in two)
+        stand_ins = {
+            "bin/systemctl": SYSTEMCTL.format(calls=self.calls),
+            "bin/journalctl": QUIET,
+            "bin/mysql": MYSQL.format(tabs=tabs),
+            "bin/psql": PSQL.format(commas=commas),
+            "var/ossec/bin/manage_agents": QUIET,
+        }
+        for name, text in stand_ins.items():
+            (self.directory / name).write_text(text)
+            (self.directory / name).chmod(0o755)
+        (self.directory / "bin/python3").symlink_to(interpreters()[0].path)
+
+    def _make_manager(self) -> None:
+        """Make the files of a manager that has lost its client.keys, and has enrolled an agent."""
+        log = find_block("sh", "/var/ossec/logs/ossec.log")
+        line = output_of(log)
+        assert line
+        (self.home / "logs/ossec.log").write_text(line)
+        database = sqlite3.connect(self.home / "queue/db/global.db")
+        with database:
+            database.execute(
+                "CREATE TABLE agent (id INTEGER PRIMARY KEY, name TEXT NOT NULL, ip TEXT,"
+                " register_ip TEXT, internal_key TEXT, os_name TEXT)"
+            )
+            database.execute("INSERT INTO agent (id, name) VALUES (0, 'manager')")
+            for agent in self.agents[:2]:
+                database.execute(
+                    "INSERT INTO agent (id, name, ip, register_ip, internal_key)"
+                    " VALUES (?, ?, '10.9.9.9', ?, ?)",
+                    agent,
+                )
+        database.close()
+        if os.geteuid() == 0:  # as on a real manager, where this user is called wazuh
+            owner = pwd.getpwnam("nobody")
+            for name in ("etc", "queue/db", "queue/db/global.db", "queue/sockets"):
+                os.chown(self.home / name, owner.pw_uid, owner.pw_gid)
+                (self.home / name).chmod(0o770)
 
     def map(self, text: str) -> str:
-        """The text with a host's paths put below the folder, and without sudo."""
-        return PATHS.sub(f"{self.folder}/", text).replace("sudo ", "")
+        """Return a text with paths below the directory, and without sudo."""
+        return PATHS.sub(f"{self.directory}/", text).replace("sudo ", "")
 
     def path(self, name: str) -> Path:
-        """Where a path of the README is."""
+        """Return where a path of the README is."""
         return Path(self.map(name))
 
-    def call(self, commands: str) -> subprocess.CompletedProcess[str]:
-        """Run what the README has, in the copy of the repository, both streams in one."""
-        text = self.map(commands).replace("make install", f"make -s install DESTDIR={self.folder}")
-        return subprocess.run(
-            ["sh", "-ec", text], cwd=self.copy, env=self.environment, text=True, timeout=LIMIT,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            check=False)  # fmt: skip
+    def run(self, commands: str) -> subprocess.CompletedProcess[str]:
+        """Run commands of the README in the copy of the repository, both outputs in one."""
+        text = self.map(commands).replace("make ", f"make -s DESTDIR={self.directory} ")
+        if "make " in text and "run" in text:
+            text = text.replace("-s ", "")  # make shows the commands of this target
+        done = subprocess.run(
+            ["sh", "-ec", text],
+            cwd=self.copy,
+            env=self.environment,
+            text=True,
+            timeout=LIMIT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        done.stdout = self.shown(done.stdout)
+        return done
+
+    def shown(self, text: str) -> str:
+        """Return an output with the paths of the README, and without the times."""
+        text = text.replace(str(self.directory), "")
+        return re.sub(r"in [0-9.]+ ms", "in 0.0 ms", text)
 
     def sh(self, commands: str) -> str:
-        """What they print; they must succeed."""
-        done = self.call(commands)
+        """Return what commands print. They must succeed."""
+        done = self.run(commands)
         assert done.returncode == 0, done
         return done.stdout
 
-    def configure(self, version: str, settings: str) -> None:
-        """Be a manager of that version with these settings in its ossec.conf."""
+    def configure(self, settings: str, version: str = "4.14.9") -> None:
+        """Be a manager of a version with these settings in its ossec.conf."""
         (self.home / "VERSION.json").write_text(json.dumps({"version": version}))
-        (self.home / "etc/client.keys").write_text(self.keys)
-        (self.home / "etc/ossec.conf").write_text(
-            f"<ossec_config>\n{self.map(settings)}</ossec_config>\n")  # fmt: skip
+        (self.home / "etc/client.keys").touch()
+        is_wodle = "<wodle" in settings
+        inside = settings if is_wodle else f"<auth>\n{settings}</auth>\n"
+        more = "<auth></auth>\n" if is_wodle else ""
+        text = f"<ossec_config>\n{more}{self.map(inside)}</ossec_config>\n"
+        (self.home / "etc/ossec.conf").write_text(text)
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[Server]:
-        """Run the README's server."""
-        command = ["sh", "-ec", "exec " + self.map(block(SERVE))]
-        self.socket.parent.mkdir(exist_ok=True)
-        with started(command, self.socket, env=self.environment) as server:
+        """Run the server as the README does."""
+        command = find_block("sh", "--serve").text
+        self.path(SOCKET).parent.mkdir(exist_ok=True)
+        words = ["sh", "-ec", f"exec {self.map(command)}"]
+        with started(words, self.path(SOCKET), env=self.environment) as server:
             server.wait_line("ready")
             yield server
 
 
-@pytest.fixture(scope="module")
-def bare() -> Iterator[Host]:
-    """A host with nothing installed."""
+@contextlib.contextmanager
+def new_host() -> Iterator[Host]:
+    """Give a host. Nothing is installed on it."""
     if not shutil.which("make"):
         pytest.skip("make is not here")
-    folder = Path(tempfile.mkdtemp(prefix="akr-", dir="/tmp"))
-    yield Host(folder)
-    shutil.rmtree(folder)
+    directory = Path(tempfile.mkdtemp(prefix="akr-", dir="/tmp"))
+    try:
+        yield Host(directory)
+    finally:
+        shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
-def host(bare: Host) -> Host:
-    """The host after the first steps: the program is installed, and the store made."""
-    (bare.copy / "client.keys").write_text(bare.keys)
-    bare.sh(block(INSTALL))
-    authd = Authd(bare.home)
-    try:
-        said = bare.sh(block(FIRST_STEPS)).splitlines()
-        assert said == [f"{len(bare.agents)} agents, 0 errors, 0 notes"]
-        assert sorted(authd.agents) == [agent.id for agent in bare.agents]
-    finally:
-        authd.close()
-    return bare
+def host() -> Iterator[Host]:
+    """A host with the program and a store of six agents."""
+    with new_host() as made:
+        made.sh("make install")
+        made.sh("install -m 0600 client.keys /root/")
+        made.sh(f"{PROGRAM} --import /root/client.keys")
+        yield made
 
 
-# ------------------------------------------------------------------------------- the commands
+# ----------------------------------------------------------------------- the commands, in order
+
+# The commands of this section are the last ones that run, because they remove the program.
+LAST_SECTION = "Upgrading and removing"
+ASKS_DATABASES = "--db 'mysql://"  # test_database runs this block
+RUNS_TESTS = "make test\n"  # this test would run itself
 
 
-def test_run_and_test(bare: Host) -> None:
-    """What the README shows is the beginning of what the first prints; the second has its rule."""
-    run, test = block(RUN).splitlines()
-    assert bare.sh(run).startswith(block(PRINTED))
-    assert "pytest" in bare.sh(test + " -n")
+class Outcome(NamedTuple):
+    """What came of a block of commands."""
+
+    status: int
+    output: str
+
+
+class Walk:
+    """Somebody who follows the README from its begin to its end, on one host."""
+
+    def __init__(self, host: Host) -> None:
+        """Start with nothing."""
+        self.host = host
+        self.outcomes: dict[Block, Outcome] = {}
+        self.context = contextlib.ExitStack()
+
+    def run(self) -> None:
+        """Run all blocks of commands."""
+        for block in sorted(COMMANDS, key=lambda block: block.section == LAST_SECTION):
+            if ASKS_DATABASES in block.text or block.text == RUNS_TESTS:
+                continue
+            self.prepare(block)
+            self.outcomes[block] = self.outcome(block)
+        self.context.close()
+
+    def prepare(self, block: Block) -> None:
+        """Do what the text around a block asks for, and what only a real host would do."""
+        host = self.host
+        store = host.path(STORE)
+        if "global.db" in block.text or "--import /root/client.keys" in block.text:
+            shutil.rmtree(store.parent, ignore_errors=True)  # the reader chooses one source
+        elif BLOCKS[BLOCKS.index(block) - 1].language == "csv":
+            shutil.rmtree(store.parent, ignore_errors=True)
+            host.path("/root/agents.csv").write_text(find_block("csv", "id,name").text)
+        elif "--check --manager" in block.text:
+            (before,) = [each for each in CONFIGURATIONS if each.line < block.line][-1:]
+            host.configure(before.text)
+        elif "--enroll" in block.text:
+            authd = Authd(host.home)
+            self.context.callback(authd.close)
+        elif "make uninstall\n" in block.text:
+            host.sh("make install-units")
+
+    def outcome(self, block: Block) -> Outcome:
+        """Run a block. The server goes on running, because the reader uses another terminal."""
+        if block.text.rstrip().endswith("--serve"):
+            server = self.context.enter_context(self.host.serving())
+            return Outcome(0, self.host.shown(server.lines[0] + "\n"))
+        done = self.host.run(block.text)
+        return Outcome(done.returncode, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def walk() -> Iterator[Walk]:
+    """The README, followed once."""
+    with new_host() as made:
+        walker = Walk(made)
+        try:
+            walker.run()
+        finally:
+            walker.context.close()
+        yield walker
+
+
+@pytest.mark.parametrize(
+    "block", COMMANDS, ids=lambda block: f"line {block.line}, {block.text.split()[-1][-20:]}"
+)
+def test_commands_work_as_written(walk: Walk, block: Block) -> None:
+    """Each block succeeds and prints what the README shows, but for times."""
+    if ASKS_DATABASES in block.text:
+        pytest.skip("test_database runs this block")
+    if block.text == RUNS_TESTS:
+        assert "pytest" in (ROOT / "Makefile").read_text()
+        return
+    outcome = walk.outcomes[block]
+    assert outcome.status == 0, outcome.output
+    expected = output_of(block)
+    if expected is not None:
+        assert outcome.output == walk.host.shown(expected)
+
+
+def test_units_are_named_to_systemctl(walk: Walk) -> None:
+    """Every unit of a systemctl command is on this page, or it is the manager."""
+    words = set(walk.host.calls.read_text().split())
+    units = {word for word in words if word.startswith(("agent-key", "wazuh"))}
+    assert units == {*UNITS, "wazuh-manager"} - {"agent-key-import.service"} | (
+        {"agent-key-import.service"} & units
+    )
+
+
+def test_pytest_is_started_as_written() -> None:
     (words,) = re.findall(r"`python3 (-m pytest [^`]*)`", FLAT)
-    command = [sys.executable, *shlex.split(words), "--version"]
+    command = [sys.executable, "-c", "import sys; print(sys.argv)"]
+    command = [sys.executable, *words.replace('"', "").split(), "--version"]
     assert subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode == 0
 
 
-def test_install(bare: Host) -> None:
-    """With `make`, and without."""
+def test_install(host: Host) -> None:
+    """The version is printed with the checksum of the file, also after an install without make."""
     (without,) = re.findall(r"`sudo (install [^`]*)`", FLAT)
-    command, version = block(INSTALL).splitlines()
-    for install in command, without:
-        bare.program.unlink(missing_ok=True)
-        said = bare.sh(install + "\n" + version).split()
-        digest = hashlib.sha256(bare.program.read_bytes()).hexdigest()
+    for install in "make install", without:
+        host.path(PROGRAM).unlink(missing_ok=True)
+        host.sh(install)
+        said = host.sh(f"{PROGRAM} --version").split()
+        digest = hashlib.sha256(host.path(PROGRAM).read_bytes()).hexdigest()
         assert said == [SCRIPT.name, script.VERSION, "sha256:" + digest]
 
 
-def test_first_steps(host: Host) -> None:
-    """A store that root alone reads, and the same answer again; twice is as once."""
-    store = host.path(script.STORE)
-    assert [path.stat().st_mode & 0o777 for path in (store, store.parent)] == [0o600, 0o700]
-    assert host.sh(PROGRAM + " id 001") == block(PRINTED).splitlines(keepends=True)[1]
-    host.sh("\n".join(block(FIRST_STEPS).splitlines()[:2]))
+def test_store_is_private(host: Host) -> None:
+    """The modes are those that the README promises."""
+    promised = re.findall(r"store with mode (\d+) in a directory with mode (\d+)", FLAT)
+    store = host.path(STORE)
+    modes = [format(path.stat().st_mode & 0o7777, "04o") for path in (store, store.parent)]
+    assert promised == [tuple(modes)]
 
 
-@pytest.mark.parametrize("version", ["4.4.0", "4.3.11"])
-@pytest.mark.parametrize("served", [False, True], ids=["alone", "with the server"])
-def test_manager(host: Host, version: str, served: bool) -> None:
-    """`--check --manager` finds the README's configuration sound, with the socket added, too."""
-    is_new = tuple(map(int, version.split(".")[:2])) >= (4, 4)
-    settings = block(NEW if is_new else OLD)
-    with host.serving() if served else contextlib.nullcontext():
-        if served:
-            (line,) = re.findall(r"`(<socket>[^`]*</socket>)`", FLAT)
-            settings = settings.replace("<exec_path>", line + "\n<exec_path>")
-            if not is_new:
-                (line,) = re.findall(r"`(<exec_path>[^`]*</exec_path>)`", FLAT)
-                settings = re.sub("<exec_path>.*</exec_path>", line, settings)
-        host.configure(version, f"<auth>\n{settings}</auth>\n" if is_new else settings)
-        report = host.sh(block(MANAGER))
-    assert report.count("gave a sound answer") == (2 if served and is_new else 1), report
-    assert f"{len(host.agents)} enrolled, 0 not, 0 with another" in report
+VERSIONS = {"key_request": "4.14.9", "wodle": "4.3.11"}
+
+
+@pytest.mark.parametrize("block", CONFIGURATIONS, ids=lambda block: f"line {block.line}")
+def test_configurations(host: Host, block: Block) -> None:
+    """`--check --manager` finds nothing wrong with them."""
+    kind = "wodle" if "<wodle" in block.text else "key_request"
+    with host.serving() if "<socket>" in block.text else contextlib.nullcontext():
+        host.configure(block.text, VERSIONS[kind])
+        report = host.sh(f"{PROGRAM} --check --manager")
+    asks_server = "<socket>" in block.text
+    asks_program = "--serve" not in block.text
+    assert ("socket answers" in report) is asks_server, report
+    assert ("exec_path answers" in report) is asks_program, report
+
+
+def test_options_stand_before_the_request(host: Host) -> None:
+    """The example of an exec_path with an option works with a request appended."""
+    (command,) = re.findall(r"as in `<exec_path>([^`]*agents\.csv)</exec_path>`", FLAT)
+    lines = ["id,name,ip,key", *map(",".join, host.agents), ""]
+    host.path("/etc/agents.csv").write_text("\n".join(lines))
+    assert json.loads(host.sh(f"{command} id 002"))["data"]["id"] == "002"
 
 
 def test_manager_that_asks_nobody(host: Host) -> None:
-    """It says so, and what to use."""
-    host.configure("5.0.0", "")
-    done = host.call(block(MANAGER))
+    """The check says so, and what to use."""
+    host.configure("", "5.0.0")
+    done = host.run(f"{PROGRAM} --check --manager")
     assert done.returncode == 1
     assert "use --enroll" in done.stdout
 
 
-def test_options_go_before_the_request(host: Host) -> None:
-    """The example of an exec_path with an option works with the words appended."""
-    (command,) = re.findall(r"options go before it: `([^`]*)`", FLAT)
-    lines = ["id,name,ip,key", *map(",".join, host.agents), ""]
-    host.path("/etc/agents.csv").write_text("\n".join(lines))
-    assert json.loads(host.sh(command + " id 002"))["data"]["id"] == "002"
+def test_check_by_cron_is_silent(host: Host) -> None:
+    """The line for cron prints nothing if all is well, and the report if there is an error."""
+    (line,) = re.findall(r"`(report=[^`]*)`", FLAT)
+    assert host.sh(line) == ""
+    assert "1 error" in host.sh(line.replace("--check", "--db /etc/agents.missing --check"))
 
 
-def test_server(host: Host) -> None:
-    """It listens where it is said to, and is asked as is said."""
-    (ask,) = [line for line in block(ENABLE).splitlines() if "systemctl" not in line]
-    with host.serving() as server:
-        assert host.sh(ask) == host.sh(PROGRAM + " id 001")
-        assert not [agent for agent in host.agents if agent.key in "".join(server.lines)]
-        server.process.terminate()
-        server.end()
-    assert json.loads(host.sh(ask))["error"] == 2
+def test_view(host: Host, tmp_path: Path) -> None:
+    """A view gives a table with other names to a request."""
+    path = tmp_path / "inventory.db"
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE inventory (agent_id, hostname, address, secret)")
+    database.execute("INSERT INTO inventory VALUES (?, ?, ?, ?)", host.agents[0])
+    database.executescript(find_block("sql", "CREATE VIEW").text)
+    database.close()
+    answer = json.loads(host.sh(f"{PROGRAM} --db {path} id 001"))
+    assert answer["data"] == host.agents[0]._asdict()
 
 
-def test_json_report(host: Host) -> None:
-    """The members that are named."""
-    (named,) = re.findall(r"prints one object: (.*?)\. Both", FLAT)
-    report = json.loads(host.sh(PROGRAM + " --check --json"))
-    members = set(re.findall(r"`(\w+)`", named))
-    assert members == set(report) | set(report["findings"][-1])
+def test_keys_of_manage_agents(host: Host) -> None:
+    """Its Base64 text becomes a line of client.keys, which an import reads."""
+    assert "`base64 -d`" in FLAT
+    line = " ".join(host.agents[0])
+    told = host.sh(
+        f"printf '%s' '{line}' | base64 -w0 | base64 -d >/root/one.keys; echo >>/root/one.keys;"
+        f"{PROGRAM} --db /root/one.keys id 001"
+    )
+    assert json.loads(told)["data"]["key"] == host.agents[0].key
 
 
 HOOK = """
@@ -237,38 +490,72 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("source", ["sample.db.sql", "client.keys", "agents.db"])
 def test_a_request_writes_nothing_and_connects_nowhere(host: Host, source: str) -> None:
-    """Python tells of what it opens; SQLite opens its file itself, and that stays as it was."""
-    place = host.path(script.STORE).parent if source == "agents.db" else host.copy
-    before = {entry.name: entry.stat() for entry in os.scandir(place)}
+    """Python tells what it opens. SQLite opens its file itself, and the file stays as it was."""
+    place = host.path(STORE).parent if source == "agents.db" else host.copy
+    before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(place)}
     python = [sys.executable, "-BISc", HOOK, str(host.copy / SCRIPT.name)]
-    done = subprocess.run([*python, "--db", str(place / source), "id", "001"], check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    assert (done.stdout, done.stderr) == (block(PRINTED).splitlines(keepends=True)[1], "")
-    after = {entry.name: entry.stat() for entry in os.scandir(place)}
-    assert {name: status.st_mtime_ns for name, status in before.items()} == {
-        name: status.st_mtime_ns for name, status in after.items()}  # fmt: skip
+    done = subprocess.run(
+        [*python, "--db", str(place / source), "id", "001"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (json.loads(done.stdout)["data"]["id"], done.stderr) == ("001", "")
+    after = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(place)}
+    assert before == after
 
 
-# ------------------------------------------------------------------------------- texts and figures
+# ------------------------------------------------------------------------- the texts and figures
+
+
+@functools.cache
+def help_text() -> str:
+    """Return what --help prints."""
+    text: str = script.build_parser().format_help()
+    return text
+
+
+OPTION = re.compile(r"(?<![\w-])(?:--[a-z]+(?:-[a-z]+)*|-v)\b")
+OPTIONS_OF_OTHERS = {"--batch", "--now", "--inplace"}  # mysql, systemctl, rsync
 
 
 def test_options() -> None:
-    """README and --help name the same, and nothing of others' than this."""
-    option, of_others = re.compile(r"(?<![\w-])(?:--[a-z]+|-v)\b"), {"--batch", "--now"}
-    assert set(option.findall(README)) - of_others == set(option.findall(script.HELP))
+    """The reference and --help name the same options. The rest of the page has no others."""
+    reference = README[README.index("### Commands and options") : README.index("### Sources")]
+    known = set(OPTION.findall(help_text()))
+    assert set(OPTION.findall(reference)) == known
+    assert set(OPTION.findall(README)) - OPTIONS_OF_OTHERS == known
 
 
-FIGURES = {  # what the README must say, of the script's own constants
-    "source": f"else `$AGENT_KEY_DB`, else `{script.STORE}`",
-    "socket": f"It listens at `{script.SOCKET}`",
-    "timeout": f"the program's own `--timeout` ({script.SECONDS:g} s)",
-    "server timeout": f"`--timeout {script.SERVER_SECONDS:g}`",
-    "workers": f"`--workers {script.WORKERS}`",
-    "findings": f"list {script.FINDINGS} at most",
-    "homes": "other than `{}` or `{}`".format(*script.HOMES),
-    "log": "Errors {}, {}, {}, {}, and whose key".format(*script.FOR_THE_OPERATOR[1:]),
-    "version": f"this one ({script.VERSION.rpartition('.')[0]})",
-    "Python": f"CPython 3.{SUPPORTED[0]} to 3.{SUPPORTED[-1]}",
+def test_options_go_with_the_same_commands() -> None:
+    """The table of options says the same as the program."""
+    table = re.findall(r"(?m)^\| (?:`([^`]*)`)? *\| ([^|]*) \|[^|]*\|[^|]*\|$", README)
+    goes_with: dict[str, set[str]] = {}
+    name = ""
+    for option, commands in table:
+        name = option.split()[0] if option else name
+        names = set(re.findall(r"`([^`]*)`", commands))
+        if commands.strip() == "requests":
+            names = {script.A_REQUEST}
+        if commands.strip() == "everything":
+            names = {script.A_REQUEST, *script.COMMANDS}
+        if name.startswith("-"):
+            goes_with.setdefault(name, set()).update(names)
+    commands_of = script.build_parser().commands_of
+    assert goes_with == {name: set(commands) for name, commands in commands_of.items() if commands}
+
+
+FIGURES = {  # what the README must say, by the script's own constants
+    "store": f"and without this variable `{script.STORE}`",
+    "socket": f"| `{script.SOCKET}` |",
+    "time limits": f"| {script.REQUEST_SECONDS:g}; {script.SERVER_SECONDS:g} with `--serve` |",
+    "manager's timeout": f"the program's own `--timeout` ({script.REQUEST_SECONDS:g} s)",
+    "patience": "A client that sends nothing for one second is disconnected.",
+    "findings": f"at most {script.SHOWN_FINDINGS} of each",
+    "homes": "directory than `{}` or `{}`".format(*script.HOMES),
+    "log": "Errors {}, {}, {} and {} are logged".format(*script.FOR_THE_OPERATOR[1:]),
+    "version": f"### From 2.0 to {script.VERSION.rpartition('.')[0]}",
+    "Python": f"Python 3.{SUPPORTED[0]} to 3.{SUPPORTED[-1]}",
     **script.RULES,
 }
 
@@ -278,186 +565,319 @@ def test_figures(text: str) -> None:
     assert text in FLAT
 
 
-def test_help_has_the_same_figures() -> None:
-    seconds = f"--timeout: {script.SECONDS:g} s; of --serve: {script.SERVER_SECONDS:g} s"
-    workers = f"--workers {script.WORKERS}"
-    for text in script.STORE, script.SOCKET, *script.HOMES, seconds, workers:
-        assert text in script.HELP
+def test_patience_is_one_second() -> None:
+    """The README says it in words."""
+    assert script.FIRST_PATIENCE == 1.0
+
+
+def test_columns() -> None:
+    """The names of the columns stand in the table, in the order in which they count."""
+    fields = {"id": "id", "name": "name", "address": "ip", "key": "key"}
+    for word, field in fields.items():
+        names = ", ".join(f"`{name}`" for name in script.COLUMN_NAMES[field])
+        assert f"| {word} | {names} |" in FLAT
 
 
 def test_drivers_are_tried_in_that_order() -> None:
-    for scheme, names in script.DRIVERS.items():
-        (text,) = re.findall(rf"- `{scheme}://[^`]*` by (.*?)(?= - | What)", FLAT)
-        assert tuple(re.sub(r" \([^)]*\)", "", text).split(", ")) == names
+    (table,) = re.findall(r"\| Database \| Driver .*?\n\n", README, re.DOTALL)
+    drivers = tuple(re.findall(r"(?m)^\| [^|]*\| ([\w.]+) \|", table)[1:])
+    assert drivers == tuple(name for names in script.DRIVERS.values() for name in names)
 
 
 def test_answers() -> None:
-    """Every error, with the beginning of its message."""
-    told = {int(number): message for number, message in
-            re.findall(r"(?m)^\| (\d) \| `([^`]*?)(?: …)?`", README)}  # fmt: skip
+    """Every error stands in the table, with the begin of its message."""
+    table = re.findall(r"(?m)^\| (\d) \| `([^`]*?)(?: …)?`", README)
+    told = {int(number): message for number, message in table}
     expected = {number: text.strip() for number, text in script.MESSAGES.items() if number}
     assert {**told, 5: told[5].removesuffix(" id")} == expected
 
 
-# ------------------------------------------------------------------------------- systemd
+def test_exit_statuses() -> None:
+    """The table says the same as --help."""
+    for status, meaning in re.findall(r"(?m)^  ([012])  (.*)$", help_text()):
+        assert f"| {status} | {meaning} |" in README
+
+
+def test_messages_are_those_of_the_program() -> None:
+    """What the section about troubleshooting calls a message is one."""
+    (table,) = re.findall(r"\| What you see \| .*?\n\n", README, re.DOTALL)
+    messages = re.findall(r"(?m)^\| `([^`]*)` \|", table)
+    assert len(messages) >= 4
+    text = " ".join(SCRIPT.read_text().replace('"\n', "").split())
+    for message in messages:
+        for part in message.split(" … "):
+            assert part.strip(" …") in text, part
+
+
+def test_promises_name_tests_that_exist() -> None:
+    promises = README[README.index("**What is promised,**") : README.index("## Troubleshooting")]
+    names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", promises)
+    assert len(names) == promises.count("\n- ")
+    for file, function in names:
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), function
+
+
+# ------------------------------------------------------------------------------------- systemd
 
 
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
-    """The units of the README as files, with the script where it is here."""
+    """The units of the README as files, with the script that is here."""
     for name, text in UNITS.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text.replace(PROGRAM, str(SCRIPT)))
+        (tmp_path / name).write_text(text.replace(PROGRAM, str(SCRIPT)))
     return tmp_path
 
 
-def analyze(folder: Path, *words: str) -> str:
-    """What systemd-analyze says about units in FOLDER; it must find nothing wrong."""
+def analyze(directory: Path, *words: str) -> str:
+    """Return what systemd-analyze says about units in a directory. Its status must be 0."""
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("no systemd-analyze here")
     done = subprocess.run(
-        [program, *words], env={**os.environ, "SYSTEMD_UNIT_PATH": f"{folder}:"},
-        capture_output=True, text=True, check=False)  # fmt: skip
+        [program, *words],
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{directory}:"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if re.search("unrecognized option|Unknown (command|operation)", done.stderr):
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stdout[-600:] + done.stderr
     return done.stdout + done.stderr
 
 
+def verify(directory: Path) -> None:
+    """See that systemd understands each line of all units."""
+    said = analyze(directory, "verify", "--man=no", *(str(directory / name) for name in UNITS))
+    assert "agent-key" not in said, said
+
+
 def test_units_are_sound(units: Path) -> None:
-    """systemd understands each line of them, with and without the drop-ins."""
-    names = [name for name in UNITS if "/" not in name]
-    for drop_ins in True, False:
-        said = analyze(units, "verify", "--man=no", *(str(units / name) for name in names))
-        assert "agent-key" not in said, said
-        if drop_ins:
-            for folder in glob.glob(f"{units}/*.d"):
-                shutil.rmtree(folder)
+    """There are four, and each says what it is and where to read more."""
+    assert len(UNITS) == 4
+    verify(units)
+    for text in UNITS.values():
+        assert "\nDescription=" in text
+        assert "\nDocumentation=https://" in text
 
 
-def edited(folder: Path, *words: str) -> set[str]:
-    """Write the drop-ins that the README gives in words and that have these; the names of all."""
-    units = set()
-    edit = r"systemctl edit ([\w.-]+)` and give it `(\[Service\])`, `([^`]*)` and `([^`]*)`"
-    for name, section, *lines in re.findall(edit, FLAT):
-        units.add(name)
-        if any(word in line for word in words for line in lines):
-            (folder / (name + ".d")).mkdir()
-            (folder / (name + ".d") / "override.conf").write_text("\n".join([section, *lines, ""]))
-    return units
+def unit_of(drop_in: Block) -> str:
+    """Return the unit that a drop-in is for: the one that the text above it names last."""
+    before = "\n".join(README.splitlines()[: drop_in.line])
+    name: str = re.findall(r"systemctl edit ([\w.-]+)`", before)[-1]
+    return name
 
 
-@pytest.mark.parametrize(
-    ("unit", "edit", "closed", "exposure"),
-    [("agent-key-request", [], True, 15), ("agent-key-request", ["PrivateNetwork"], False, 25),
-     ("agent-key-import", [], False, 25), ("agent-key-import", ["--enroll"], False, 25)],
-)  # fmt: skip
-def test_services_are_hardened(
-    units: Path, unit: str, edit: list[str], closed: bool, exposure: int
-) -> None:
-    """In tenths of what systemd-analyze gives, from 0 to 100; the network costs some."""
-    unit += ".service"
-    assert edited(units, *edit) == {"agent-key-request.service", "agent-key-import.service"}
-    assert (units / (unit + ".d")).exists() is bool(edit)
-    analyze(units, "verify", "--man=no", str(units / unit))
-    report = analyze(units, "security", "--offline=true", f"--threshold={exposure}",
-                     str(units / unit))  # fmt: skip
-    found = set(re.findall(r"✓\s+(\w+)", report))
-    assert "MemoryDenyWriteExecute" in found, report
-    assert ("PrivateNetwork" in found) is closed, report
+def add_drop_in(units: Path, drop_in: Block) -> None:
+    """Write a drop-in where `systemctl edit` writes it."""
+    directory = units / f"{unit_of(drop_in)}.d"
+    directory.mkdir()
+    text = drop_in.text.replace(PROGRAM, str(SCRIPT))
+    (directory / "override.conf").write_text(text)
 
 
-def test_units_are_enabled() -> None:
-    """Those that are enabled are there, and say by what they are started."""
+@pytest.mark.parametrize("drop_in", DROP_INS, ids=lambda block: f"line {block.line}")
+def test_drop_ins_are_sound(units: Path, drop_in: Block) -> None:
+    add_drop_in(units, drop_in)
+    verify(units)
+
+
+# What systemd-analyze gives at most, in tenths.
+EXPOSURES = {"agent-key-request.service": 15, "agent-key-import.service": 20}
+
+
+@pytest.mark.parametrize("name", EXPOSURES)
+def test_services_are_hardened(units: Path, name: str) -> None:
+    """systemd-analyze gives them a low exposure, and only the import has the network."""
+    threshold = f"--threshold={EXPOSURES[name]}"
+    report = analyze(units, "security", "--offline=true", threshold, str(units / name))
+    protected = set(re.findall(r"✓\s+(\w+)", report))
+    assert "MemoryDenyWriteExecute" in protected, report
+    assert ("PrivateNetwork" in protected) is (name == "agent-key-request.service"), report
+
+
+def test_server_with_a_database_has_the_network(units: Path) -> None:
+    (drop_in,) = [block for block in DROP_INS if "PrivateNetwork=no" in block.text]
+    add_drop_in(units, drop_in)
+    path = units / "agent-key-request.service"
+    report = analyze(units, "security", "--offline=true", "--threshold=25", str(path))
+    assert "PrivateNetwork" not in re.findall(r"✓\s+(\w+)", report), report
+
+
+def test_units_are_enabled_and_reloaded_by_their_names() -> None:
     enabled = set()
     for names in re.findall(r"systemctl enable --now ([^`\n]*)", README):
         enabled |= set(names.split())
     assert enabled == {name for name, text in UNITS.items() if "[Install]" in text}
-    assert re.findall(r"systemctl kill -s HUP ([^`]*)`", README) == ["agent-key-request.service"]
+    assert re.findall(r"systemctl reload ([^`]*)`", README) == ["agent-key-request.service"]
 
 
 def test_units_start_what_the_script_takes() -> None:
-    """Their options go with each other, and each service has the full path."""
-    commands = re.findall("(?m)ExecStart=([^`\n]*)", README)
-    assert len(commands) == 3
+    """Each command has the full path and options that go together."""
+    texts = [*UNITS.values(), *(block.text for block in DROP_INS)]
+    commands = re.findall("(?m)^ExecStart=(.+)$", "\n".join(texts))
+    assert len(commands) == 4
     for command in commands:
-        program, *words = shlex.split(command)
+        program, *words = command.split()
         assert program == PROGRAM
-        assert script.task_of(*script.split_command_line(words)) == words[0]
+        line = script.read_command_line(words)
+        assert line.command in words
 
 
-def test_socket_has_one_path() -> None:
+def test_reload_sends_the_signal(tmp_path: Path) -> None:
+    """ExecReload= needs no /bin/kill, which small systems lack."""
+    (command,) = re.findall("(?m)^ExecReload=(.*)$", UNITS["agent-key-request.service"])
+    shell, option, text = re.fullmatch(r"(/bin/sh) (-c) '(.*)'", command).groups()  # type: ignore[union-attr]
+    trap = "trap 'echo got it; exit' HUP; echo ready; while :; do sleep 0.1; done"
+    process = subprocess.Popen(["sh", "-c", trap], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    environment = {"MAINPID": str(process.pid), "PATH": str(tmp_path)}
+    subprocess.run([shell, option, text], env=environment, check=True)
+    assert process.communicate(timeout=LIMIT)[0] == "got it\n"
+
+
+def test_socket_and_store_have_one_path() -> None:
+    """The units, the script and the log have the same names."""
     assert f"ListenStream={script.SOCKET}\n" in UNITS["agent-key-request.socket"]
-    state = re.findall("StateDirectory=(.*)", UNITS["agent-key-import.service"])
-    assert [f"/var/lib/{name}" for name in state] == [os.path.dirname(script.STORE)]
+    server = UNITS["agent-key-request.service"]
+    state = UNITS["agent-key-import.service"]
+    assert f"RuntimeDirectory={Path(script.SOCKET).parent.name}\n" in server
+    assert f"StateDirectory={Path(script.STORE).parent.name}\n" in state
+    for text in server, state:
+        assert f"SyslogIdentifier={script.NAME}\n" in text
+    assert set(re.findall(r"journalctl -t (\w+)", README)) == {script.NAME}
 
 
-# ------------------------------------------------------------------------------- databases
+# ------------------------------------------------------------------------------------- databases
+
+
+DATABASES = {"mariadb": "mysql", "postgresql": "postgresql"}  # kinds of servers, and schemes
+
+
+class ReadmeDatabase:
+    """A database that is set up as the README says, with a user that other tests do not have."""
+
+    def __init__(self, kind: str, host: Host) -> None:
+        """Start the server, and write the password files of the host. Skip what is not here."""
+        if database_servers.missing(kind):
+            pytest.skip("not here: " + database_servers.missing(kind))
+        self.scheme = DATABASES[kind]
+        self.is_mysql = self.scheme == "mysql"
+        python = interpreters()[0].path
+        if not any(database_servers.has_driver(python, name) for name in self.drivers()):
+            pytest.skip(f"{python} has no driver for {self.scheme}")
+        self.server = database_servers.running(kind)
+        if not self.server.has_tls:
+            pytest.skip("no openssl here")
+        self.host = host
+        self.server.load(host.agents)
+        statements = find_block("sql", "CREATE USER" if self.is_mysql else "CREATE ROLE").text
+        if not self.is_mysql:  # every role may do this, unless a test has made the schema anew
+            statements += "GRANT USAGE ON SCHEMA public TO agent_reader;"
+        self.server.sql(self.here(statements))
+        passfile = find_block("text", "*:*:wazuh").text
+        write_private(host.path("/etc/agent-keys.pgpass"), self.here(passfile))
+        shutil.copy(f"{self.server.folder}/ca.pem", host.path("/etc/agent-keys.pem"))
+
+    def drivers(self) -> tuple[str, ...]:
+        """Return the drivers for the database."""
+        names: tuple[str, ...] = script.DRIVERS[self.scheme]
+        return names
+
+    def here(self, text: str) -> str:
+        """Return a text of the README with this server and this user."""
+        server = self.server
+        text = text.replace("db.example.org", f"127.0.0.1:{server.port}")
+        text = text.replace("/run/mysqld/mysqld.sock", f"{server.folder}/sock")
+        text = text.replace("host=/run/postgresql", f"host={server.folder}&port={server.port}")
+        return text.replace("agent_reader", "readme_reader")
+
+    def ask(self, block: Block, option_file: Block, more: str = "") -> None:
+        """Run the command of a block that is for this database. `more` is added to the URL."""
+        host = self.host
+        write_private(host.path("/etc/agent-keys.cnf"), host.map(option_file.text))
+        (command,) = [line for line in block.text.splitlines() if f"{self.scheme}://" in line]
+        told = json.loads(host.sh(self.here(command.replace("' id", f"{more}' id"))))
+        assert told.get("data") == host.agents[0]._asdict(), told
+
+    def close(self) -> None:
+        """Remove the user."""
+        dropping = "DROP OWNED BY agent_reader; DROP ROLE agent_reader;"
+        if self.is_mysql:
+            dropping = "DROP USER 'agent_reader'@'%';"
+        self.server.sql(self.here(dropping))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", script.DRIVERS)
-def test_database(host: Host, scheme: str) -> None:
-    """From making the user to an answer, and a store by the timer's command."""
-    if database_servers.missing(scheme):
-        pytest.skip("not here: " + database_servers.missing(scheme))
-    python = interpreters()[0].path
-    if not any(database_servers.has_driver(python, name) for name in script.DRIVERS[scheme]):
-        pytest.skip(f"{python} has no driver for {scheme}")
-    server, is_mysql = database_servers.running(scheme), scheme == "mysql"
-    if not server.has_tls:
-        pytest.skip("no openssl here")
-
-    def here(text: str) -> str:
-        """The text with this server, and a user that other tests do not have."""
-        return re.sub("db.example.org(:5432)?", f"127.0.0.1:{server.port}", text).replace(
-            "agent_reader", "readme_reader")  # fmt: skip
-
-    (statements,) = [block(SQL)] if is_mysql else re.findall("`(CREATE ROLE[^`]*)`", FLAT)
-    if not is_mysql:  # every role may, where no test has made the schema anew
-        statements += "GRANT USAGE ON SCHEMA public TO agent_reader;"
-    server.load(host.agents)
-    server.sql(here(statements))
+@pytest.mark.parametrize("kind", DATABASES)
+def test_database(host: Host, kind: str) -> None:
+    """The way from creating the user to an answer: by the socket, by the network, and by TLS."""
+    plain, with_tls = [block for block in BLOCKS if block.text.startswith("[client]")]
+    by_socket, by_network = [block for block in COMMANDS if ASKS_DATABASES in block.text]
+    (tls,) = re.findall(r"`(&sslmode[^`]*)`", FLAT)
+    database = ReadmeDatabase(kind, host)
     try:
-        (line,) = re.findall(r"`/etc/agent-keys\.pgpass` has one line, `([^`]*)`", FLAT)
-        for path, text in ("cnf", block(OPTION_FILE)), ("pgpass", line + "\n"):
-            host.path("/etc/agent-keys." + path).write_text(host.map(here(text)))
-            host.path("/etc/agent-keys." + path).chmod(0o600)
-        shutil.copy(server.folder + "/ca.pem", host.path("/etc/agent-keys.pem"))
-        (url,) = re.findall(rf"`({scheme}://[^`]*)` by", FLAT)
-        (tls,) = re.findall(r"`(&sslmode[^`]*)`", FLAT)
-        said = host.sh(f"{PROGRAM} --db '{here(url)}{'' if is_mysql else tls}' id 001")
-        assert said == block(PRINTED).splitlines(keepends=True)[1]
-        if is_mysql:
-            (command,) = re.findall("ExecStart=(.*mysql.*)", UNITS["agent-key-import.service"])
-            assert host.sh(here(command)) == ""
+        database.ask(by_socket, plain)
+        database.ask(by_network, plain)
+        database.ask(by_network, with_tls, "" if database.is_mysql else tls)
     finally:
-        server.sql(here("DROP USER 'agent_reader'@'%';" if is_mysql else
-                        "DROP OWNED BY agent_reader; DROP ROLE agent_reader;"))  # fmt: skip
+        database.close()
 
 
-# ------------------------------------------------------------------------------- the page
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read."""
+    path.write_text(text)
+    path.chmod(0o600)
+
+
+# ------------------------------------------------------------------------------------- the page
 
 
 def test_links_lead_somewhere() -> None:
-    """Every link within the page, and every file that is named; the contents are in order."""
-    heads = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
-             for head in re.findall(r"(?m)^##+ (.*)", README)]  # fmt: skip
-    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= set(heads)
-    contents = re.findall(r"\]\(#([\w-]+)\)", FLAT[FLAT.index("**Contents:**") :])
-    assert contents[: len(heads) - 2] == [head for head in heads[1:] if head != "what-changed"]
-    files = re.findall(r"`((?:tests/)?\w+\.(?:py|md|sql))`", FLAT)
-    assert len(files) > 8
-    for name in set(files) - {SCRIPT.name}:
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+    """Every link within the page leads to a heading, and the contents are complete."""
+    heads = re.findall(r"(?m)^(##+) (.*)", README)
+    anchors = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for _, head in heads]
+    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= set(anchors)
+    contents = re.findall(r"\]\(#([\w-]+)\)", README[README.index("**Contents:**") :])
+    main = [anchor for (level, _), anchor in zip(heads, anchors, strict=True) if level == "##"]
+    assert contents[: len(main) - 1] == main[1:]
+
+
+def test_files_that_are_named_exist() -> None:
+    names = set(re.findall(r"`((?:tests/|\.github/)?\w+\.(?:py|md|db\.sql))`", FLAT))
+    assert {"sample.db.sql", "tests/MANAGER.md"} <= names
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_lines_are_short() -> None:
+    """Only an output, a URL or a command that cannot be split may be longer."""
+    in_block = False
+    for number, line in enumerate(README.splitlines(), 1):
+        if line.strip().startswith("```"):
+            in_block = not in_block
+        longest_word = max(map(len, line.split()), default=0)
+        is_unsplittable = in_block and longest_word > 60
+        assert len(line) <= LINE_LIMIT or is_unsplittable or is_output(number), number
+
+
+def is_output(number: int) -> bool:
+    """Return True if a line of the README is in an output that is shown."""
+    return any(
+        block.language == "text" and block.line < number <= block.line + block.text.count("\n")
+        for block in BLOCKS
+    )
 
 
 def test_every_block_is_in_a_test() -> None:
-    """None stands there untried, but for the diagram and the plot, and no figure is missing."""
-    keys = [RUN, PRINTED, INSTALL, FIRST_STEPS, NEW, OLD, MANAGER, DIAGRAM, SERVE, ENABLE, SQL,
-            OPTION_FILE, GROWTH]  # fmt: skip
-    assert len(set(map(block, keys)) | set(UNITS.values())) == len(BLOCKS)
-    assert "<<" not in README
-    assert len(README.splitlines()) <= 320
+    """Nothing on the page is untried, but for the diagram."""
+    tried = {*COMMANDS, *CONFIGURATIONS, *DROP_INS, find_block("csv", "id,name")}
+    tried |= {block for block in BLOCKS if block.text in UNITS.values()}
+    tried |= {block for block in BLOCKS if block.language == "sql"}
+    tried |= {block for block in BLOCKS if block.text.startswith("[client]")}
+    tried |= {block for block in BLOCKS if block.text.startswith("*:*:wazuh")}
+    shown = [output_of(block) for block in COMMANDS]
+    tried |= {block for block in BLOCKS if block.language == "text" and block.text in shown}
+    untried = [block for block in BLOCKS if block not in tried]
+    assert [block.language for block in untried] == ["mermaid"]
