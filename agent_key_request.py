@@ -968,7 +968,6 @@ class SqliteSource:
     """
 
     unit = "row"
-    scheme = "sqlite"
 
     def __init__(
         self, connection: "SqliteConnection", name: str, seconds: float, is_frozen: bool = False
@@ -1255,7 +1254,6 @@ class TextSource:
     """
 
     unit = "line"
-    scheme = "text"
 
     def __init__(
         self,
@@ -2923,7 +2921,6 @@ class Memory:
     """
 
     unit = "row"
-    scheme = "memory"
 
     def __init__(self, source: "Union[TextSource, SqliteSource]") -> None:
         """Read the source to its end. Raises SourceError."""
@@ -2983,8 +2980,6 @@ class Memory:
 
 class ScriptSource(SqliteSource):
     """The table or view `agent` that an SQL script makes in memory."""
-
-    scheme = "script"
 
     def find(self, request: Request) -> "List[Row]":
         """Return the rows that Memory finds, so that a server gives the same answer."""

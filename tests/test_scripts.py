@@ -203,6 +203,15 @@ def test_sql_script_that_fails(stores: Stores, case: str, monkeypatch: pytest.Mo
     assert os.listdir() == ["agents.sql"]
 
 
+@pytest.mark.parametrize("id_type", ["INTEGER", "REAL", "NUMERIC", "TEXT", ""])
+@pytest.mark.parametrize("number", ["1", "1.0", "'1'", "'01'", "'001'"])
+def test_sql_script_with_ids_of_any_type(stores: Stores, id_type: str, number: str) -> None:
+    """What a column for numbers makes of the id is found, too."""
+    table = AGENT.replace("(id,", f"(id {id_type},")
+    path = stores.text(f"{table}{INSERT};\n".replace("'001'", number), "agents.sql")
+    assert look(path, "id", "001").get("data") == DATA
+
+
 def test_sql_script_without_agents(stores: Stores) -> None:
     for content in ("", "\n", "SELECT 1;", "CREATE TABLE host (id, name, ip);", "-- nothing\n"):
         assert refuses(stores.text(content, "agents.sql")) == LACKS
