@@ -3001,14 +3001,21 @@ def statements_of(script: str) -> "Iterator[Tuple[int, int]]":
     for token in SQL_TOKEN.finditer(script):
         if token.group() != ";":
             continue
-        first_word = skip_space(script, after_semicolon)
-        words = script[first_word : token.start()].strip()
+        ends_trigger = in_trigger and is_only_end(script, after_semicolon, token.start())
         after_semicolon = token.end()
-        if in_trigger and words.upper() != "END":
+        if in_trigger and not ends_trigger:
             continue
         yield start, after_semicolon
         start = after_semicolon
         in_trigger = begins_trigger(script, start)
+
+
+def is_only_end(script: str, position: int, semicolon: int) -> bool:
+    """Return True if there is only the word END, and maybe comments, before a semicolon."""
+    word_start = skip_space(script, position)
+    word_end = word_start + len("END")
+    is_end = script[word_start:word_end].upper() == "END"
+    return is_end and skip_space(script, word_end) == semicolon
 
 
 def skip_space(script: str, position: int) -> int:

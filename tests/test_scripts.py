@@ -32,6 +32,12 @@ SCRIPTS = {
     "semicolons in strings": f"{AGENT}INSERT INTO agent VALUES ('002', ';''; --', ';\n;', ';');\n"
     f"{INSERT};\n",
     "semicolons in names": f'CREATE TABLE "a;b" ([c;d], `e;f`);\n{AGENT}{INSERT};',
+    **{
+        f"a trigger with {end!r}": f"{AGENT}CREATE TRIGGER t AFTER INSERT ON agent BEGIN\n"
+        f"  UPDATE agent SET name = 'my_agent' WHERE id = new.id; SELECT 'END';\n{end}\n"
+        f"{INSERT.replace('my_agent', 'other')};\n"
+        for end in ("END -- the end;\n;", "END/* the end; */;", "/* ; */ end -- ;\n /**/ ;")
+    },
     "a trigger": f"{AGENT}CREATE TRIGGER t AFTER INSERT ON agent BEGIN\n"
     "  UPDATE agent SET name = 'my_agent' WHERE id = new.id;\n  SELECT ';';\nEND;\n"
     f"{INSERT.replace('my_agent', 'other')};\n",
